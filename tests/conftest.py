@@ -1,0 +1,32 @@
+"""What every test finds: a quiet, private environment, the project's folder, and real data where there are some."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch_xla, matplotlib or IPython. Its history file is one database that runs would share.
+os.environ['PJRT_DEVICE'] = 'CPU'
+os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='robustnb-ipython-')
+atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    "The project's folder."
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def data_root() -> Path:
+    "The folder of real data sets: `ROBUSTNB_DATA`, or shared/data beside the project."
+    folder = Path(os.environ.get('ROBUSTNB_DATA') or ROOT.parent / 'shared' / 'data')
+    if not folder.is_dir():
+        pytest.skip(f'no real data: {folder} is not a folder (ROBUSTNB_DATA names another one)')
+    return folder

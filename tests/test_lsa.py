@@ -1,0 +1,274 @@
+"""Layer sustainability against literal forms, the published package's definition, and a table of known values."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robustnb import lsa
+from robustnb.attacks import FGSM, PGD, Gaussian, Pepper, Salt, Speckle
+from robustnb.data import DataSet, mnist
+from robustnb.devices import seeded
+from robustnb.lsa import RULES, compare, layer_sustainability
+from robustnb.models import build
+from robustnb.stats import rank_agreement
+from robustnb.training import fit
+
+
+@pytest.fixture(scope='module')
+def net():
+    with seeded(0):
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 4, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64, 16),
+            nn.ELU(),
+            nn.Linear(16, 4),
+        ).eval()
+
+
+@pytest.fixture(scope='module')
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return DataSet(
+        torch.rand(30, 1, 8, 8, generator=generator), torch.randint(0, 4, (30,), generator=generator), tuple('abcd')
+    )
+
+
+def representations(net, x):
+    "Outputs of the activations of a plain Sequential, in float64 NumPy: the long way."
+    found = []
+    for module in net:
+        x = module(x.clone())
+        if isinstance(module, nn.ReLU | nn.ELU):
+            found.append(x.detach().double().numpy().copy())
+    return found
+
+
+def literal_relative_error(net, x, x_pert):
+    "The published measure for each sample, (layer, sample)."
+    rows = []
+    for a, b in zip(representations(net, x), representations(net, x_pert), strict=True):
+        rows.append([np.linalg.norm(a[m] - b[m]) / np.linalg.norm(a[m]) for m in range(len(a))])
+    return np.array(rows)
+
+
+def test_equals_the_literal_form(net, data):
+    result = layer_sustainability(net, data, [Gaussian(0.2), FGSM(0.1)], show_progress=False)
+    assert result.layers == ['2', '4', '7'] and result.perturbations == ['Gaussian', 'FGSM']
+    for p, perturbation in enumerate([Gaussian(0.2), FGSM(0.1)]):
+        expected = literal_relative_error(net, data.x, perturbation(net, data.x, data.y))
+        np.testing.assert_allclose(result.dataset['value'].values[:, p], expected, rtol=2e-5)
+        rows = result.table().query(f'perturbation == "{perturbation.name}"')
+        np.testing.assert_allclose(rows['mean'], expected.mean(1), rtol=1e-5)
+        assert (rows.low < rows['mean']).all() and (rows['mean'] < rows.high).all() and (rows.n == 30).all()
+
+
+def test_energy_weighted_equals_the_published_definition(net, data):
+    "numpy.linalg.norm over the whole array, as in the published package: one number for a batch."
+    x_pert = Gaussian(0.2)(net, data.x)
+    expected = [
+        np.linalg.norm(a - b) / np.linalg.norm(a)
+        for a, b in zip(representations(net, data.x), representations(net, x_pert), strict=True)
+    ]
+    for batch_size in (2, 7, 1000):
+        found = compare(net, data.x, x_pert, measure='energy_relative_error', batch_size=batch_size).table()
+        np.testing.assert_allclose(found['mean'], expected, rtol=1e-6)
+        assert found.low.isna().all()
+
+
+@pytest.mark.parametrize('batch_size', [1, 4, 13, 64])
+def test_batch_size_does_not_matter(net, data, batch_size):
+    def analyse(n):
+        return layer_sustainability(net, data, [Salt(0.1), PGD(0.1, steps=3)], batch_size=n, show_progress=False)
+
+    expected, found = analyse(1000), analyse(batch_size)
+    np.testing.assert_allclose(found.dataset['value'], expected.dataset['value'], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.table()['mean'], expected.table()['mean'], atol=1e-5)
+    assert (found.dataset['prediction'] == expected.dataset['prediction']).all()
+
+
+def test_order_does_not_matter(net, data):
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(3))
+    one = layer_sustainability(net, data, Gaussian(0.2), show_progress=False).dataset
+    other = layer_sustainability(net, data[order], Gaussian(0.2), show_progress=False).dataset.sel(sample=np.arange(30))
+    np.testing.assert_allclose(one['value'], other['value'], rtol=1e-5)
+
+
+def test_forward_passes(net, data):
+    "K + 1 passes over the samples for K perturbations, and none for noises themselves."
+    rows = []
+    handle = net.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    layer_sustainability(
+        net,
+        data,
+        [Gaussian(0.1), Salt(0.1), Pepper(0.1), Speckle(0.1), Gaussian(0.2), Gaussian(0.3)],
+        batch_size=16,
+        show_progress=False,
+    )
+    handle.remove()
+    assert sum(rows) == 30 * 7 and max(rows) <= 16
+
+
+def test_identical_inputs_and_scaled_layers(net, data):
+    zero = compare(net, data.x, data.x.clone(), measure='relative_error')
+    assert (zero.dataset['value'] == 0).all() and (zero.dataset['input_change'] == 0).all()
+    with seeded(0):
+        small = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
+    import copy
+
+    loud = copy.deepcopy(small)
+    with torch.no_grad():
+        loud[1].weight.mul_(50)
+        loud[1].bias.mul_(50)
+    a, b = (compare(m, data.x, data.x.flip(-1)).table()['mean'] for m in (small, loud))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_silent_layers_are_counted_and_left_out():
+    class Picky(nn.Module):
+        "Silent for dark images."
+
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(x.flatten(1).mean(1, keepdim=True) - 0.5)
+
+    x = torch.tensor([0.2, 0.8, 0.2]).view(3, 1, 1, 1)
+    x_pert = torch.tensor([0.9, 0.9, 0.3]).view(3, 1, 1, 1)
+    row = compare(Picky(), x, x_pert).table().iloc[0]
+    assert row.undefined == 1 and np.isclose(row['mean'], (1 / 3 + 0) / 2, atol=1e-6) and row.n == 3
+    all_undefined = compare(Picky(), x[:1], x_pert[:1])
+    assert np.isnan(all_undefined.table()['mean'][0]) and not all_undefined.most_vulnerable().layers
+
+
+def test_reused_and_functional_activations(data):
+    class Styles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(64, 8), nn.Linear(8, 8), nn.ReLU()
+
+        def forward(self, x):
+            return torch.tanh(self.b(self.act(self.act(self.a(x.flatten(1))) - 0.1)))
+
+    result = compare(Styles(), data.x, data.x.flip(-1), measure='energy_relative_error')
+    assert result.layers == ['act#0', 'act#1', 'tanh()']
+
+
+def test_own_measure_and_where(net, data):
+    def largest(clean, pert):
+        return (clean - pert).flatten(1).abs().amax(1)
+
+    result = layer_sustainability(net, data, FGSM(0.1), where='weights', measure=largest, show_progress=False)
+    assert result.layers == ['0', '3', '6', '8'] and result.settings['measure'] == 'largest'
+    assert result.dataset['value'].min() > 0
+
+
+def test_bad_input_is_named(net, data):
+    with pytest.raises(ValueError, match='empty'):
+        layer_sustainability(net, (data.x[:0], data.y[:0]), FGSM(), show_progress=False)
+    with pytest.raises(ValueError, match='chooses no layer'):
+        layer_sustainability(net, data, FGSM(), where=nn.LSTM, show_progress=False)
+    with pytest.raises(KeyError, match='relative_error'):
+        layer_sustainability(net, data, FGSM(), measure='l3', show_progress=False)
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(8, 4)
+
+        def forward(self, x):
+            return self.lstm(x[:, 0].transpose(0, 1))[0][-1]
+
+    with pytest.raises(ValueError, match='lstm returns shape .* first dimension is not the batch'):
+        compare(TimeFirst(), data.x[:5], data.x[:5].flip(-1), where='lstm')
+
+
+def test_rules_by_hand():
+    values = np.array([[1.0, 3.0], [2.0, 2.0], [6.0, 4.0]])  # layer means 2, 2, 5; mean 3; variance (4+0+1+1+9+1)/6
+    score, chosen, _ = RULES['joint'](values, eta=1.0)
+    np.testing.assert_allclose(score, np.array([-1, -1, 2]) / np.sqrt(16 / 6))
+    assert chosen.tolist() == [False, False, True]
+    assert RULES['joint'](values, eta=2 / np.sqrt(16 / 6))[1].tolist() == [False] * 3, 'the inequality is strict'
+    assert RULES['topk'](values, k=2)[1].tolist() == [True, False, True], 'the earlier layer wins a tie'
+    assert RULES['joint'](np.ones((3, 4)))[0].tolist() == [0, 0, 0], 'no spread, no scores'
+    gaps = np.array([[np.inf, 1.0], [np.inf, np.inf]])
+    assert RULES['topk'](gaps, k=2)[1].tolist() == [True, False], 'an undefined layer is never chosen'
+
+
+def test_an_empty_choice_says_why(net, data):
+    result = layer_sustainability(net, data, [FGSM(0.1), Gaussian(0.1)], show_progress=False)
+    nothing = result.most_vulnerable('joint', 'FGSM', eta=50)
+    assert nothing.layers == [] and 'no layer is, the nearest is' in nothing.reason and 'none' in repr(nothing)
+    assert list(nothing.ranking.score) == sorted(nothing.ranking.score, reverse=True) and len(nothing.ranking) == 3
+    assert '<table' in nothing._repr_html_()
+    with pytest.raises(KeyError, match='no perturbation'):
+        result.most_vulnerable(perturbation='PGD')
+
+
+def test_saved_and_loaded(net, data, tmp_path):
+    result = layer_sustainability(net, data, [FGSM(0.1), Gaussian(0.1)], show_progress=False)
+    result.save(tmp_path / 'profile.safetensors')
+    loaded = lsa.LayerSustainability.load(tmp_path / 'profile.safetensors')
+    assert loaded.dataset.identical(result.dataset) and loaded.settings == result.settings
+    assert loaded.table().equals(result.table())
+    assert loaded.most_vulnerable().layers == result.most_vulnerable().layers
+
+
+def test_explorer_states(net, data):
+    explorer = lsa.explore(net, data, [Gaussian(0.1), FGSM(0.1)], factors=[0.5, 1.0], samples=20, show_progress=False)
+    assert explorer.bundle_bytes < 2e6
+    for state in (
+        {'perturbation': 'FGSM', 'strength': 0.5},
+        {'label': 'c', 'layer': '7'},
+        {'measure': 'cosine_distance'},
+    ):
+        explorer.update(**state)
+        assert state.items() <= explorer.state.items()
+        assert explorer.static() is not None
+        assert 'largest in' in explorer.describe(**explorer.state)
+
+
+def test_explorer_of_a_class_without_samples(net, data):
+    few = data[data.y != 2]
+    explorer = lsa.explore(net, few, FGSM(0.1), factors=[1.0], samples=10, show_progress=False)
+    assert 'There are no samples of class c' in explorer.describe(**(explorer.state | {'label': 'c'}))
+    assert explorer.static(label='c') is not None
+
+
+# Known values of the mean relative error at the four activations of model B (one earlier run with other software):
+# seed 313, 6,000 MNIST training images, Adam 1e-3, batch 128, 2 epochs, 512 test images.
+KNOWN = {
+    'Gaussian': (0.284, 0.195, 0.165, 0.133),
+    'Salt': (0.341, 0.197, 0.144, 0.091),
+    'Pepper': (0.127, 0.084, 0.087, 0.066),
+    'Speckle': (0.097, 0.069, 0.073, 0.062),
+    'FGSM': (0.560, 0.569, 0.596, 0.529),
+    'PGD-40': (0.532, 0.554, 0.583, 0.561),
+}
+
+
+@pytest.mark.data
+def test_model_b_on_mnist_agrees_with_known_values(data_root):
+    train, test = mnist(data_root, download=False)
+    perturbations = [Gaussian(0.2), Salt(0.05), Pepper(0.05), Speckle(0.2), FGSM(0.3), PGD(0.3, steps=40, step=0.01)]
+    profiles = []
+    for seed in (313, 314, 315):
+        model = fit(build('lsa_model_b', seed), train[:6000], epochs=2, seed=seed, show_progress=False).model
+        result = layer_sustainability(model, test[:512], perturbations, show_progress=False)
+        profiles.append(result.table().set_index(['perturbation', 'layer'])['mean'])
+    mean = sum(profiles) / len(profiles)
+    found = np.concatenate([mean[name].to_numpy() for name in KNOWN])
+    expected = np.concatenate(list(KNOWN.values()))
+    table = '\n'.join(
+        f'{name:10} ' + ' '.join(f'{a:.3f}/{b:.3f}' for a, b in zip(mean[name], KNOWN[name], strict=True))
+        for name in KNOWN
+    )
+    assert len(found) == 24 and np.abs(found - expected).max() <= 0.10, table
+    assert rank_agreement(found, expected) >= 0.9, table
