@@ -176,9 +176,10 @@ def _sample_bits(shape: tuple[int, ...], ids: Tensor, seed: int, stream: int) ->
     "64 random bits for each element of each sample: (len(ids), *shape)."
     if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.is_floating_point():
         raise TypeError(f'ids must be a tensor of integers, (batch,), such as torch.arange(len(x)); got {ids!r:.60}')
-    key = torch.zeros_like(ids, dtype=torch.int64)
-    for part in (_int64(seed), _int64(stream), ids):  # mixed one after the other, so that none can stand for another
+    key = torch.zeros((), dtype=torch.int64)
+    for part in (_int64(seed), _int64(stream)):  # mixed one after the other, so that none can stand for another
         key = _mix((key ^ part) + _GOLDEN)
+    key = _mix((key.to(ids.device) ^ ids.long()) + _GOLDEN)  # the key travels as data: another seed compiles nothing on XLA
     element = torch.arange(1, prod(shape) + 1, device=ids.device)
     return _mix(key[:, None] + element * _GOLDEN).view(len(ids), *shape)
 

@@ -25,18 +25,22 @@ def _put_back(table: dict | list | set, before: dict | list) -> None:
         (table.extend if isinstance(table, list) else table.update)(before)
 
 # %% ../nbs/03_guard.ipynb #8e14a5a2
+_TORCH = {*vars(nn.Module()), '_flat_weights'}  # what PyTorch itself keeps in a module, the last one in an LSTM or GRU
+
 class _ModuleState:
-    "What one module was like: its class and mode, and all that it held."
+    "What one module was like: its class, its mode, the names of its attributes and all that PyTorch keeps in it."
 
     def __init__(self, module: nn.Module):
-        own = vars(module)
         self.module, self.kind, self.training = module, type(module), getattr(module, 'training', None)
-        tables = [own, *(v for v in own.values() if isinstance(v, dict | list | set))]
+        self.attributes = dict(vars(module))
+        tables = [t for k, t in self.attributes.items() if k in _TORCH and isinstance(t, dict | list | set)]
         self.tables = [(t, dict(t) if isinstance(t, dict) else list(t)) for t in tables]
 
     def restore(self):
         if type(self.module) is not self.kind:  # a parametrisation changes the class
             self.module.__class__ = self.kind
+        own = vars(self.module)  # pruning, for one, adds attributes that hide a parameter; a counter of yours may count
+        _put_back(own, self.attributes | {k: own[k] for k in own.keys() & self.attributes.keys() - _TORCH})
         for table, before in self.tables:
             if table or before:  # most hold hooks, and are empty
                 _put_back(table, before)

@@ -431,7 +431,7 @@ def explore(
     layers, names = bundle.first.layers, bundle.first.perturbations
     controls = [
         Choice('perturbation', names, names[-1]),
-        Slider('strength', bundle.factors, min(bundle.factors, key=lambda f: abs(f - 1)), 'strength, times its own'),
+        Slider('strength', bundle.factors, min(bundle.factors, key=lambda f: abs(f - 1)), 'strength ×'),
         Choice('measure', list(bundle.results)),
         Choice('label', ['all', *bundle.classes], 'all', 'class'),
         Choice('layer', layers, layers[-1]),

@@ -177,7 +177,7 @@ def _tall_enough(series: Mapping[str, Any]) -> float:
     lines = [_fold(name).count('\n') + 1 for name in series]
     return max(3.6, 0 if _named_directly(series) else 0.6 + 0.08 * len(lines) + 0.18 * sum(lines))
 
-# %% ../nbs/11_plots.ipynb #ea03fa22
+# %% ../nbs/11_plots.ipynb #c384515a
 def _percent_axis(ax: Axes, ylim: tuple[float, float] | None) -> None:
     "Write the fractions of the y axis as percentages, from 0 to 100 % unless `ylim` says otherwise."
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -231,7 +231,6 @@ def _limits(values: np.ndarray, signed: bool) -> tuple[float, float]:
     largest = float(np.abs(finite).max()) or 1.0
     return (-largest, largest) if signed else (float(finite.min()), float(finite.max()))
 
-# %% ../nbs/11_plots.ipynb #8677a09b
 def _names(given: Sequence | None, own: Sequence | None, length: int, what: str) -> list[str]:
     "The names to write on one side of a table: those given, else its own, else numbers."
     names = [str(name) for name in (given if given is not None else own if own is not None else range(length))]
@@ -296,7 +295,7 @@ def _as_images(name: str, images: Any) -> np.ndarray:
         raise ValueError(f'row {name!r} needs images of shape (n, 1 or 3, height, width), got {images.shape}')
     return images.transpose(0, 2, 3, 1)
 
-# %% ../nbs/11_plots.ipynb #9ce37ec0
+# %% ../nbs/11_plots.ipynb #f3e8673a
 def _paint(values: np.ndarray, limits: tuple[float, float], cmap: str) -> np.ndarray:
     "Colours (height, width, 3) of one image (height, width, channels): three channels are colours already."
     scaled = Normalize(*limits, clip=True)(values).filled(0) if limits[1] > limits[0] else np.full(values.shape, 0.5)
@@ -364,6 +363,17 @@ def image_strip(
     return _tiles(drawn, title)
 
 # %% ../nbs/11_plots.ipynb #68d7f89f
+def _check_maps(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    "Representations as arrays of one shape: (channels, height, width) or (units,)."
+    arrays = {name: _array(row).astype(float) for name, row in rows.items()}
+    arrays = {name: array[None] if array.ndim == 2 else array for name, array in arrays.items()}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    shape = next(iter(shapes.values()), ())
+    if len(set(shapes.values())) != 1 or len(shape) not in (1, 3) or 0 in shape:
+        raise ValueError(f'all rows need one shape, (channels, height, width) or (units,), got {shapes}')
+    return arrays
+
+# %% ../nbs/11_plots.ipynb #31a81d90
 def _changed_most(first: np.ndarray, last: np.ndarray, top: int) -> np.ndarray:
     "Indices of the `top` channels or units that differ most, the largest difference first."
     with np.errstate(invalid='ignore'):
@@ -404,17 +414,6 @@ def _unit_outlines(rows: dict[str, np.ndarray], numbers: np.ndarray, title: str 
         ax.set_xticks(range(len(numbers)), [str(n) for n in numbers] if len(numbers) <= 24 else [''] * len(numbers))
     _legend(ax)
     return fig
-
-# %% ../nbs/11_plots.ipynb #cf103908
-def _check_maps(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    "Representations as arrays of one shape: (channels, height, width) or (units,)."
-    arrays = {name: _array(row).astype(float) for name, row in rows.items()}
-    arrays = {name: array[None] if array.ndim == 2 else array for name, array in arrays.items()}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    shape = next(iter(shapes.values()), ())
-    if len(set(shapes.values())) != 1 or len(shape) not in (1, 3) or 0 in shape:
-        raise ValueError(f'all rows need one shape, (channels, height, width) or (units,), got {shapes}')
-    return arrays
 
 # %% ../nbs/11_plots.ipynb #3db2e76c
 def feature_maps(

@@ -7,6 +7,7 @@ __all__ = ['select', 'Probe']
 
 # %% ../nbs/10_probes.ipynb #80e8aaae
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .guard import first_tensor, unwrap
+from .guard import _version, first_tensor, unwrap
 
 # %% ../nbs/10_probes.ipynb #ec43030f
 _ACTIVATIONS = (
@@ -84,6 +85,8 @@ def select(
 ) -> dict[str, nn.Module]:  # name -> module, in the order of registration
     "The modules that `where` chooses. Calls of functions are not modules; a `Probe` finds them when the model runs."
     model = unwrap(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'a model must be a torch.nn.Module, got {type(model).__name__}')
     for one in where if isinstance(where, list | tuple | set) else ():
         if isinstance(one, str):
             select(model, one)  # a misspelt name must not hide behind the others
@@ -105,7 +108,7 @@ class _Capture:
 
     def rescue(self, memory: int | None) -> None:
         "Take a private copy if this memory, which is about to be overwritten, is ours."
-        if self.shared and _same_memory(self.memory, memory):
+        if self.shared and _same_memory(self.memory, memory) and not self.lost:
             with torch.enable_grad():  # the copy belongs to the graph even if the overwriting does not
                 self.value, self.shared = tree_map_only(Tensor, Tensor.clone, self.value), []
 
@@ -113,16 +116,12 @@ class _Capture:
     def lost(self) -> bool:
         return any(_version(tensor) != version for tensor, version in self.shared)
 
-def _version(tensor: Tensor) -> int | None:
-    "How often `tensor` was changed in place; None for an inference tensor, which does not count."
-    return None if tensor.is_inference() else tensor._version
-
 # %% ../nbs/10_probes.ipynb #a6759055
 def _memory(tensor: Tensor) -> int | None:
-    "Where the memory of `tensor` begins; None where that is not known, as on XLA or for a sparse tensor."
+    "Where the memory of `tensor` begins; None where that is not known: on XLA, for a sparse or a lazy tensor."
     try:
         return tensor.untyped_storage().data_ptr() or None
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return None
 
 def _same_memory(a: int | None, b: int | None) -> bool:
@@ -130,11 +129,12 @@ def _same_memory(a: int | None, b: int | None) -> bool:
     return a is None or b is None or a == b
 
 # %% ../nbs/10_probes.ipynb #d5190756
+_OPERATORS = {'__setitem__', '__set__', '__iand__', '__ior__', '__ixor__', '__ilshift__', '__irshift__'}  # += is add_
+
 def _targets(func: Callable, args: tuple, kwargs: dict) -> list[Tensor]:
     "The tensors that this call will write into."
     name = getattr(func, '__name__', '').partition('.')[0]  # an overload is called relu_.default
-    operator = name.startswith(('__set', '__i'))  # x[0] = 1, x |= y and their like
-    in_place = operator or name.endswith('_') and not name.endswith('__') or kwargs.get('inplace')
+    in_place = name in _OPERATORS or name.endswith('_') and not name.endswith('__') or kwargs.get('inplace')
     if not in_place and 'out' not in kwargs:
         return []
     written = [args[:1] or kwargs.get('input') if in_place else None, kwargs.get('out')]
@@ -159,11 +159,11 @@ class _FunctionTap(TorchFunctionMode):
 
 # %% ../nbs/10_probes.ipynb #9d14ebeb
 class _Recorder:
-    "What was captured in the last forward pass: name -> one `_Capture` per call."
+    "What was captured in the last forward pass: a name and a `_Capture` for each call, in the order of the calls."
 
     def __init__(self, chosen: Callable, reduce: Callable | None, detach: bool):
         self.chosen, self.reduce, self.detach = chosen, reduce, detach
-        self.calls: dict[str, list[_Capture]] = {}
+        self.calls: list[tuple[str, _Capture]] = []
         self.running: list[tuple[str, nn.Module]] = []
         self.reducing = False
 
@@ -191,21 +191,18 @@ class _Recorder:
         tensor = first_tensor(output)
         if tensor is None:
             raise TypeError(f'{name} returns {type(output).__name__} without a tensor inside; choose another layer')
-        value = tensor.detach() if self.detach else tensor
-        kept = value if self.reduce is None else self.reduced(name, value)
-        self.calls.setdefault(name, []).append(_Capture(kept, tensor))
-
-    def reduced(self, name: str, value: Tensor):
         self.reducing = True
         try:
-            with torch._C.DisableTorchFunction():  # nor are the functions that it calls, for no probe
-                return self.reduce(name, value)
+            with torch._C.DisableTorchFunction():  # what is called here is no part of the forward pass, for no probe
+                value = tensor.detach() if self.detach else tensor
+                kept = value if self.reduce is None else self.reduce(name, value)
+                self.calls.append((name, _Capture(kept, tensor)))
         finally:
             self.reducing = False
 
     def rescue(self, target: Tensor) -> None:
         memory = _memory(target)
-        for capture in (c for calls in self.calls.values() for c in calls):
+        for _, capture in self.calls:
             capture.rescue(memory)
 
 # %% ../nbs/10_probes.ipynb #51c1a5e1
@@ -213,8 +210,8 @@ def _check_recording(recorder: _Recorder, model: nn.Module, where) -> None:
     "Complain if a forward pass has captured nothing, or if something was overwritten behind our back."
     found = _numbered(recorder.calls, where)
     if not found:
-        ran = f'; in this pass ran {", ".join(_numbered(recorder.calls, None))}' if recorder.calls else ''
-        raise ValueError(f'{_nothing_chosen(model, where)}{ran}')
+        seen = f'; seen in this pass: {", ".join(_numbered(recorder.calls, None))}' if recorder.calls else ''
+        raise ValueError(f'{_nothing_chosen(model, where)}{seen}')
     lost = [name for name, capture in found.items() if capture.lost]
     if lost:
         raise _overwritten(', '.join(lost))
@@ -227,8 +224,6 @@ def _overwritten(names: str) -> RuntimeError:
 # %% ../nbs/10_probes.ipynb #2c566b6b
 def _refuse_unreadable(model: nn.Module) -> None:
     "Raise for models whose layers cannot be observed from Python."
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'a model must be a torch.nn.Module, got {type(model).__name__}')
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError('a scripted module runs outside Python; probe the model it was made from')
@@ -250,8 +245,8 @@ class Probe(Mapping):
         reduce: Callable | None = None,  # `(name, representation) -> result`, run inside the hook; None keeps the tensor
         detach: bool = True,  # False keeps the graph, to differentiate through representations
     ):
-        _refuse_unreadable(model)
         select(model, where)  # an empty choice is an error now, not after the first batch
+        _refuse_unreadable(model)
         self.model, self.where, self._compiled = unwrap(model), where, _is_compiled(model)
         self._recorder = _Recorder(_chooser(self.model, where), reduce, detach)
         self._undo = None
@@ -296,18 +291,22 @@ def _hooks(model: nn.Module, recorder: _Recorder, where) -> Iterator:
 
         def after(module, args, output, name=name):
             recorder.ended(name, module, output)
-            if not name and output is not None:
+            if not name and output is not None and not recorder.reducing:
                 _check_recording(recorder, model, where)
 
         yield module.register_forward_pre_hook(before)
         yield module.register_forward_hook(after, always_call=True)  # also when the forward pass raises
 
 # %% ../nbs/10_probes.ipynb #7b3a1915
-def _numbered(calls: dict[str, list[_Capture]], where) -> dict[str, _Capture]:
+def _numbered(calls: list[tuple[str, _Capture]], where) -> dict[str, _Capture]:
     "Captures under the names that users see: `name`, or `name#0`, `name#1` where a module ran more than once."
     wheres = where if isinstance(where, list | tuple | set) else [where]
     asked = [w for w in wheres if isinstance(w, str) and '#' in w]
     partly = {w.split('#')[0] for w in asked}  # layers of which only some calls were asked for
-    return {f'{name}#{k}' if len(captures) > 1 else name: capture
-            for name, captures in calls.items() for k, capture in enumerate(captures)
-            if name not in partly or f'{name}#{k}' in asked}
+    times, seen, found = Counter(name for name, _ in calls), Counter(), {}
+    for name, capture in calls:
+        call = f'{name}#{seen[name]}'
+        seen[name] += 1
+        if name not in partly or call in asked:
+            found[call if times[name] > 1 else name] = capture
+    return found

@@ -7,6 +7,7 @@ __all__ = ['RECIPES', 'Standard', 'Adversarial', 'Fit', 'fit', 'Recipe', 'traine
 
 # %% ../nbs/22_training.ipynb #cc81ea4e
 import copy
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def fit(
     show_progress: bool = True,  # one bar over all steps
 ) -> Fit:  # the trained copy and its history
     "Train a copy of `model` on `data`."
-    result = Fit(copy.deepcopy(model))
+    result, counter = Fit(copy.deepcopy(model)), itertools.count()
     loss_of, optimizer = getattr(objective, 'loss', objective), optimizer(result.model.parameters())
     steps = None if size_of(data) is None else epochs * -(-size_of(data) // batch_size)
     with seeded(seed), progress(None, 'fit', steps, show_progress) as bar:
@@ -107,7 +108,7 @@ def fit(
                 start = time.perf_counter()
                 order = seed * 1_000_003 + epoch if isinstance(data, DataSet | tuple) else None
                 loop = batches(data, batch_size, device_of(model), shuffle=order)
-                entry = {'epoch': epoch + 1, 'loss': _epoch(result.model, loop, loss_of, optimizer, bar)}
+                entry = {'epoch': epoch + 1, 'loss': _epoch(result.model, loop, loss_of, optimizer, counter, bar)}
                 if valid is not None:
                     entry['accuracy'] = accuracy(result.model, valid)
                 result.history.append(entry | {'seconds': time.perf_counter() - start})
@@ -117,12 +118,12 @@ def fit(
     return result
 
 # %% ../nbs/22_training.ipynb #184bd033
-def _epoch(model: nn.Module, loop, loss_of: Callable, optimizer, bar) -> float:
+def _epoch(model: nn.Module, loop, loss_of: Callable, optimizer, counter, bar) -> float:
     "One pass of gradient steps; the mean loss over its samples. The device is asked for a number once, at the end."
     model.train()
     total, seen = 0.0, 0
     for batch in loop:
-        loss = loss_of(model, batch, bar.n)
+        loss = loss_of(model, batch, next(counter))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -11,6 +11,7 @@ import pytest
 # Before anything imports torch_xla, matplotlib or IPython. Its history file is one database that runs would share.
 os.environ['PJRT_DEVICE'] = 'CPU'
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that spin while they wait slow down everybody on a busy machine
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='robustnb-ipython-')
 atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
 

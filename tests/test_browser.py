@@ -163,6 +163,7 @@ class Page:
 def drive(tmp_path, monkeypatch):
     "drive(notebook) serves and opens it, and returns its `Page` when the explorer has drawn its first picture."
     monkeypatch.setenv('ROBUSTNB_FAST', '1')
+    monkeypatch.setenv('ROBUSTNB_PLAIN', '1')  # a bar made of widgets is gone before the page has found its model
     with ExitStack() as stack:
 
         def open_page(notebook: Path) -> Page:
@@ -189,4 +190,24 @@ def test_widgets_notebook(drive, root):
     assert page.words().startswith('Noise up to 1.5:') and 'the true digit 7' in page.words()
     page.tick('difference')
     assert page.picture_size() == (600, 240)
+    assert not page.errors()
+
+
+def test_layer_sustainability_explorer(drive, root):
+    page = drive(root / 'nbs' / '30_lsa.ipynb')
+    assert float(page.readout('strength')) == 1
+    strong, picture = page.words(), page.picture()
+    assert 'the relative error is largest in relu3' in strong
+
+    page.press('strength', 'ARROW_LEFT', times=2)
+    assert float(page.readout('strength')) == 0.5
+    assert page.words() != strong and page.picture() != picture
+
+    page.select('label', '8')
+    assert 'samples of class 8' in page.words()
+    page.select('perturbation', 'Gaussian')
+    page.select('measure', 'cosine_distance')
+    assert 'the cosine distance is largest in' in page.words()
+    page.select('layer', 'relu1')
+    assert min(page.picture_size()) > 500
     assert not page.errors()

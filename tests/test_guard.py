@@ -25,6 +25,15 @@ from robustnb.guard import (
     unwrap,
 )
 
+
+@pytest.fixture(autouse=True)
+def generator():
+    "The global generator, given back after each test."
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
 # Models to be lent
 
 
@@ -183,6 +192,17 @@ def make(name):
     return model, x.to(p.dtype)
 
 
+TORCH = {
+    *vars(nn.Module()),
+    '_flat_weights',
+    '_flat_weights_names',
+    'bias',
+    'eps',
+    'p',
+    'in_features',
+    'model',
+    'forward',
+}
 HOOKS = [k for k in vars(nn.Module()) if 'hook' in k]
 
 
@@ -194,9 +214,10 @@ def snapshot(model):
     return {
         'modules': [(name, type(m), None if scripted else id(m)) for name, m in model.named_modules()],
         'training': [getattr(m, 'training', None) for m in modules],
-        'attributes': [] if scripted else [{k: describe(v) for k, v in vars(m).items()} for m in modules],
+        'attributes': [] if scripted else [list(vars(m)) for m in modules],
+        'of PyTorch': [] if scripted else [{k: describe(v) for k, v in vars(m).items() if k in TORCH} for m in modules],
         'hooks': [] if scripted else [[repr(vars(m)[k]) for k in HOOKS] for m in modules],
-        'values': [t.to_dense().tolist() for t in tensors],
+        'values': [None if t.is_meta else t.to_dense().tolist() for t in tensors],
         'kinds': [(t.dtype, t.device, t.shape, t.layout) for t in tensors],
         'versions': [t._version for t in model.parameters()],
         'places': [t.data_ptr() for t in model.parameters()],
@@ -323,9 +344,6 @@ def delete_members(model, x):
 def set_attributes(model, x):
     for m in model.modules():
         m.guest = 'was here'
-        for value in vars(m).values():
-            if isinstance(value, list):
-                value.append('guest')
         m.forward = lambda *args: 0
 
 
@@ -371,6 +389,11 @@ def cast_to_its_type(model, x):
         m.__class__ = type('Guest' + type(m).__name__, (type(m),), {})
 
 
+def change_in_place(model, x=None):
+    with torch.no_grad():
+        model[5].bias.add_(1)
+
+
 VISITS = [
     run,
     differentiate,
@@ -401,6 +424,16 @@ ROUGH = [
 
 class Impatient(Exception):
     pass
+
+
+@pytest.mark.parametrize('visit', [*VISITS, *ROUGH, change_in_place], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings('ignore')
+def test_without_a_guard_every_visit_leaves_a_trace(visit):
+    "So that the tests below can fail."
+    model, x = make('hooked' if visit is remove_hooks else 'partly frozen')
+    before = snapshot(model)
+    visit(model, x)
+    assert before != snapshot(model)
 
 
 @every_model
@@ -466,6 +499,15 @@ def test_nested(name):
         for key in ('modules', 'training', 'hooks', 'requires_grad'):
             assert first[key] == second[key], key
     assert_same(before, snapshot(model))
+
+
+def test_a_counter_of_the_model_itself_counts():
+    model, x = make('stateful')
+    with untouched(model):
+        model(x), model(x)
+        model.guest = 'was here'
+    assert model.calls == 2 and model.last is x and len(model.history) == 2 and not hasattr(model, 'guest')
+    assert model.seen == 0 and model.optional is None, 'buffers are not for counting'
 
 
 def test_nested_around_a_part():
@@ -617,11 +659,6 @@ def test_training_goes_on_as_if_nothing_had_happened():
 
 
 # What cannot be undone
-
-
-def change_in_place(model):
-    with torch.no_grad():
-        model[5].bias.add_(1)
 
 
 def take_a_step(model):

@@ -1,0 +1,73 @@
+"""Components on XLA's CPU device equal the same on the plain CPU.
+
+In a process of their own: torch_xla has to be loaded before the first backward pass of a process.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch_xla, torch, numpy as np
+from torch import nn
+from robustnb.attacks import PGD, Gaussian
+from robustnb.devices import compile_count, pick_device, seeded
+from robustnb.evaluation import evaluate
+from robustnb.lsa import layer_sustainability
+
+class Block(nn.Module):
+    def __init__(self, a, b, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)
+        self.conv2, self.bn2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
+        self.short = nn.Sequential(nn.Conv2d(a, b, 1, stride, bias=False), nn.BatchNorm2d(b))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.short(x)
+        return self.relu(out)
+
+with seeded(0):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), Block(8, 8, 1), Block(8, 16, 2),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    net(torch.rand(64, 3, 12, 12))
+    x, y = torch.rand(16, 3, 12, 12), torch.arange(16) % 5
+net.eval()
+device = pick_device('xla')
+import copy
+other = copy.deepcopy(net).to(device)
+
+here = PGD(0.05, steps=5)(net, x, y)
+there = PGD(0.05, steps=5)(other, x.to(device), y.to(device)).cpu()
+print('pgd', float((here - there).abs().max()), float(((here - there).abs() > 1e-6).float().mean()))
+
+seen = []
+for seed in range(12):
+    PGD(0.05, steps=5, seed=seed)(other, x.to(device), y.to(device)).cpu()
+    seen.append(compile_count())
+print('compilations', seen[-1] - seen[1], seen)
+
+for measure in ('relative_error', 'energy_relative_error'):
+    a, b = (layer_sustainability(m, (x, y), Gaussian(0.1), measure=measure, show_progress=False).table()['mean'].to_numpy()
+            for m in (net, other))
+    print(measure, len(a), float(np.abs(a - b).max()))
+a, b = (evaluate(m, (x, y), Gaussian(0.1), show_progress=False).dataset['correct'].values for m in (net, other))
+print('evaluation', bool((a == b).all()))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec('torch_xla') is None, reason='torch_xla is not installed')
+def test_components_on_xla_equal_the_cpu(tmp_path):
+    ran = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+                         env=os.environ | {'PJRT_DEVICE': 'CPU'})
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = {line.split()[0]: line.split()[1:] for line in ran.stdout.splitlines() if line.strip()}
+    assert float(found['pgd'][0]) <= 0.1 + 1e-5 and float(found['pgd'][1]) < 0.005, 'a rare sign of a tiny gradient may differ'
+    assert int(found['compilations'][0]) <= 1, 'ten more seeds do not compile ten more programs'
+    assert found['relative_error'][0] == '5' and float(found['relative_error'][1]) < 1e-4
+    assert float(found['energy_relative_error'][1]) < 1e-4
+    assert found['evaluation'] == ['True']
