@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .devices import sample_normal, sample_uniform, sync, xla_safe
+from .devices import device_of, sample_normal, sample_uniform, sync, xla_safe
 from .guard import check_inputs, check_labels, logits_of, match_dtype, untouched
 
 # %% ../nbs/20_attacks.ipynb #9d777867
@@ -27,6 +27,10 @@ class Perturbation:
     seed: int = field(default=0, kw_only=True)  # noise depends on it and on the sample's id, on nothing else
 
     strength_field: ClassVar[str] = 'eps'  # which field says how strong it is
+
+    def __post_init__(self):
+        if hasattr(self, self.strength_field) and not self.strength >= 0:
+            raise ValueError(f'{self.strength_field} of {type(self).__name__} must be at least 0, got {self.strength}')
 
     @property
     def strength(self) -> float:
@@ -173,24 +177,29 @@ class _Objective:
         self.model, self.y, self.loss = model, y, loss if callable(loss) else LOSSES[loss]
         self.forwards = self.backwards = 0
 
-    def logits(self, x: Tensor) -> Tensor:
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "Loss of each sample, and the logits."
         logits = logits_of(self.model(match_dtype(x, self.model)))
-        if not self.forwards and logits.dim() > 1:  # now the number of classes is known
-            check_labels(self.y, len(x), max(2, logits.shape[1]))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if not self.forwards and self.loss in LOSSES.values():  # now the number of classes is known
+            check_labels(self.y, len(x), max(2, logits.shape[1]) if logits.dim() > 1 else 2)
         self.forwards += 1
-        return logits.float()
+        loss = self.loss(logits, self.y)
+        if loss.shape != (len(x),):
+            raise ValueError(f'the loss must give one value per sample, shape ({len(x)},), got {tuple(loss.shape)}')
+        return loss, logits
 
     def gradient(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        loss = self.loss(self.logits(x), self.y)
+        loss, _ = self.losses(x)
         self.backwards += 1
         return torch.autograd.grad(loss.sum(), x)[0]
 
     @torch.no_grad()
     def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Loss and misclassification of each sample, (batch,) each."
-        logits = self.logits(x)
-        return self.loss(logits, self.y), predictions(logits) != self.y
+        loss, logits = self.losses(x)
+        return loss, predictions(logits) != self.y
 
 # %% ../nbs/20_attacks.ipynb #75530b8f
 @dataclass(frozen=True)
@@ -231,8 +240,9 @@ class AttackResult:
 @contextmanager
 def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor | None) -> Iterator[tuple]:
     "A block in which `attack` may use `model`: gives the objective, the inputs to start from, and their ids."
-    x = match_dtype(check_inputs(x, attack.bounds), model)
-    y, ids = check_labels(y, len(x)).to(x.device), _ids(x, ids)
+    x = check_inputs(x, attack.bounds).to(device_of(model))
+    y = y if callable(attack.loss) else check_labels(y, len(x))  # a loss of your own may have targets of its own
+    y, ids = y.to(x.device), _ids(x, ids)
     with torch.inference_mode(False), torch.enable_grad(), untouched(model), xla_safe(model):
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # a graph cannot hold inference tensors
         yield _Objective(model, y, attack.loss), x if x.dtype == torch.float64 else x.float(), ids
@@ -261,7 +271,8 @@ class Attack(Perturbation):
             x_adv, verdict = self.search(objective, start, ids)
             loss, wrong = verdict or objective.judge(x_adv)
             passes = {'forward': objective.forwards, 'backward': objective.backwards}
-            return AttackResult(x_adv.to(x.dtype), wrong, self.norm.size(x_adv - start), loss, passes)
+            found = x_adv.to(x.dtype)
+            return AttackResult(found, wrong, self.norm.size(found.to(start.dtype) - start), loss, passes)
 
     def search(self, objective, x: Tensor, ids: Tensor) -> tuple:
         "The adversarial inputs, and (loss, misclassified) if they are known already, else None."
@@ -300,6 +311,16 @@ class PGD(Attack):
     def name(self) -> str:
         return f'PGD-{self.steps}' + (f'x{self.restarts}' if self.restarts > 1 else '')
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f'PGD needs at least one step and one climb, got steps={self.steps}, restarts={self.restarts}')
+
+    def at(self, strength: float) -> 'PGD':
+        "The same attack at another strength; a step that was given grows along, or the attack could not cross the box."
+        step = self.step * strength / self.eps if self.step and self.eps else self.step
+        return replace(self, eps=strength, step=step)
+
     def search(self, objective, x, ids):
         if self.restarts == 1:
             return self.climb(objective, x, ids), None
@@ -332,8 +353,8 @@ def perturb(
     "Apply a perturbation or a function in its place, and check what comes back."
     if isinstance(perturbation, Perturbation):
         return perturbation(model, x, y, ids=ids)
-    with torch.enable_grad(), untouched(model):
-        x_pert = perturbation(model, x, y)
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model):
+        x_pert = perturbation(model, x.clone(), y.clone())  # copies: it may work in place
     if not isinstance(x_pert, Tensor) or x_pert.shape != x.shape:
         got = tuple(x_pert.shape) if isinstance(x_pert, Tensor) else type(x_pert).__name__
         raise ValueError(f'the perturbation must return a tensor of shape {tuple(x.shape)}, got {got}')
@@ -354,5 +375,7 @@ def named(
         if len(set(names)) < len(names):
             raise ValueError(f'some names are equal: {", ".join(names)}; pass a dictionary name -> perturbation')
         perturbations = dict(zip(names, several, strict=True))
+    if not perturbations or 'clean' in perturbations:
+        raise ValueError("give at least one perturbation, and none of the name 'clean'")
     at_default = {name for name, p in perturbations.items() if isinstance(p, Perturbation) and p.bounds == (0.0, 1.0)}
     return {name: replace(p, bounds=bounds) if name in at_default else p for name, p in perturbations.items()}

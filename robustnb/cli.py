@@ -59,6 +59,8 @@ def tour(
     log.info('training %s on %d %s ...', stop.model, len(train), data)
     model = build(stop.model, seed, **stop.settings).to(pick_device())
     trained = fit(model, train, epochs=stop.epochs, valid=test, seed=seed, show_progress=show_progress)
+    if trained.interrupted:
+        raise KeyboardInterrupt
     log.info('attacking %d test images at six strengths, and comparing all layers ...', len(test))
     report = full_report(trained.model, test, PGD(stop.eps, steps=20, seed=seed), Gaussian(stop.eps, seed=seed),
                          eps=[round(stop.eps * f, 4) for f in (0.25, 0.5, 0.75, 1, 1.5, 2)],

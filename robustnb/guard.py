@@ -282,9 +282,13 @@ def check_labels(
 
 # %% ../nbs/03_guard.ipynb #3ebdfb76
 def match_dtype(
-    x: Tensor,  # floating-point inputs
+    x: Tensor,  # inputs; integers such as the numbers of words stay integers, but bytes are an error
     model: nn.Module,  # whose floating-point parameters decide
 ) -> Tensor:
     "`x` in the floating-point type and on the device of `model`."
+    if x.dtype == torch.uint8:
+        raise TypeError('inputs are uint8, so probably images from 0 to 255; scale them to [0, 1] first: x.float() / 255')
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return x if like is None else x.to(like.device, like.dtype)
+    if like is None:
+        return x
+    return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)

@@ -7,6 +7,7 @@ __all__ = ['RULES', 'LayerSustainability', 'layer_sustainability', 'compare', 'V
 
 # %% ../nbs/30_lsa.ipynb #5c067dd9
 import html
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import Perturbation, named, perturb, predictions
-from .data import batches, bounds_of, classes_of, size_of
+from .data import batches, bounds_of, class_name, classes_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, first_tensor, logits_of, match_dtype, untouched
+from .guard import Logits, logits_of, match_dtype, untouched
 from .measures import Measure, as_measure, relative_error
 from .plots import curves, feature_maps, image_strip, stack
 from .probes import Probe
 from .results import Result
 from .stats import bootstrap_mean
-from .widgets import Choice, Explorer, Slider
+from .widgets import Choice, Explorer, Slider, nbytes
+
+# %% ../nbs/30_lsa.ipynb #67886fd7
+log = logging.getLogger(__name__)
 
 # %% ../nbs/30_lsa.ipynb #da9c2648
 class _Comparison:
@@ -69,18 +73,21 @@ def _compare_batch(model: nn.Module, versions: Sequence[Tensor], where, measures
 # %% ../nbs/30_lsa.ipynb #4f418594
 def _predicted(output, rows: int) -> np.ndarray:
     "Predicted classes, or -1 for every sample if the output does not look like logits."
-    logits = first_tensor(output) if not isinstance(output, Mapping) else logits_of(output)
-    if logits is None or logits.dim() > 2 or len(logits) != rows:
+    try:
+        logits = logits_of(output)
+    except TypeError:
         return np.full(rows, -1)
-    return predictions(logits).cpu().numpy()
+    classifies = logits.dim() in (1, 2) and len(logits) == rows
+    return predictions(logits).cpu().numpy() if classifies else np.full(rows, -1)
 
 # %% ../nbs/30_lsa.ipynb #2d9d3238
 def _in_pieces(model: nn.Module, versions: Sequence[Tensor], where, measures: Sequence[Measure],
                rows: int) -> list[dict]:
     "Compare a batch in pieces: about `rows` stacked samples go through the network at once."
     piece = max(1, rows // len(versions))
-    return [_compare_batch(model, part, where, measures)
-            for part in zip(*(v.split(piece) for v in versions), strict=True)]
+    with untouched(model):
+        return [_compare_batch(model, part, where, measures)
+                for part in zip(*(v.split(piece) for v in versions), strict=True)]
 
 # %% ../nbs/30_lsa.ipynb #44038050
 def _join(parts: Sequence[dict], measure: Measure, number: int) -> tuple[list[str], np.ndarray]:
@@ -119,12 +126,15 @@ class LayerSustainability(Result):
         return pd.concat([_profile(self, p) for p in self.perturbations], ignore_index=True)
 
     def sizes(self):
-        "One row per perturbation: relative size of the change at the input, and the share of predictions that changed."
+        "One row per perturbation: relative change of the input, and the share of predictions that flipped (nan if unknown)."
         import pandas as pd
         data = self.dataset
-        flipped = (data['prediction'] != data['clean_prediction']).mean('sample')
         change = _finite_mean(data['input_change'].values)
-        return pd.DataFrame({'perturbation': self.perturbations, 'input_change': change, 'flipped': flipped.values})
+        return pd.DataFrame({'perturbation': self.perturbations, 'input_change': change, 'flipped': _flipped(data)})
+
+    def explore(self):
+        "Not from a result: the explorer needs the model. Use the function `explore`."
+        raise TypeError('an explorer needs the model and the data: robustnb.lsa.explore(model, data, perturbations)')
 
     def plot(self, title: str = 'Layer sustainability'):
         "The profile of each perturbation with its band; the relative error starts with the change at the input."
@@ -142,12 +152,20 @@ def _finite_mean(values: np.ndarray) -> np.ndarray:
     total = np.where(finite, values, 0).sum(-1)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
+def _flipped(dataset) -> np.ndarray:
+    "Share of the predictions that changed, for each perturbation; nan if the network does not classify."
+    before = dataset['clean_prediction'].values
+    known = before >= 0
+    return ((dataset['prediction'].values != before) & known).sum(1) / known.sum() if known.any() else np.full(
+        dataset.sizes['perturbation'], np.nan)
+
 def _profile(result: LayerSustainability, perturbation: str):
     "The rows of `table` for one perturbation."
     import pandas as pd
     values = result.dataset['value'].sel(perturbation=perturbation).values
     if values.ndim == 1:  # a stream measure: one number per layer, so there is no interval
-        mean, low, high, undefined = values, np.nan, np.nan, int(~np.isfinite(values).any())
+        undefined = (~np.isfinite(values)).astype(int)
+        mean, low, high = np.where(undefined, np.nan, values), np.nan, np.nan
     else:
         mean, low, high = bootstrap_mean(values.T)
         undefined = (~np.isfinite(values)).sum(1)
@@ -183,16 +201,16 @@ def layer_sustainability(
     """
     model = model if logits is None else Logits(model, logits)
     perturbations, measure = named(perturbations, bounds_of(data)), as_measure(measure)
-    steps = None if size_of(data) is None else -(-size_of(data) // batch_size)
-    parts, labels, numbers = [], [], []
-    with untouched(model):
-        loop = batches(data, batch_size, device_of(model))
-        for x, y, ids in progress(loop, 'layer sustainability', steps, show_progress):
+    parts, labels, numbers, loop = [], [], [], batches(data, batch_size, device_of(model))
+    try:
+        for x, y, ids in progress(loop, 'layer sustainability', steps_of(data, batch_size), show_progress):
             versions = [x, *(perturb(p, model, x, y, ids) for p in perturbations.values())]
             parts += _in_pieces(model, versions, where, [measure], batch_size)
             labels.append(y.cpu().numpy())
             numbers.append(ids.cpu().numpy())
-    if not parts:
+    except KeyboardInterrupt:
+        log.warning('interrupted; the result holds the %d batches that were done', len(labels))
+    if not labels:
         raise ValueError('the data are empty, so there is nothing to compare')
     about = {'where': str(where), 'perturbations': {name: repr(p) for name, p in perturbations.items()}}
     return _result(parts, measure, list(perturbations), np.concatenate(labels), np.concatenate(numbers), about)
@@ -217,21 +235,23 @@ def _result(parts, measure: Measure, names: list[str], labels, ids, about: dict,
 # %% ../nbs/30_lsa.ipynb #8664d058
 def compare(
     model: nn.Module,  # any network; comes back as it was
-    x: Tensor,  # (batch, ...) clean inputs
+    x: Tensor,  # (batch, ...) clean inputs, a tensor or an array
     x_pert: Tensor | Mapping[str, Tensor],  # perturbed inputs of the same shape, or several by name
     where='activations',  # which layers, see `select`
     measure: str | Callable | Measure = 'relative_error',  # name in `MEASURES`, or a function (clean, pert) -> (batch,)
     batch_size: int = 128,  # about the rows of one stacked forward pass
+    logits: str | int | Callable | None = None,  # where the logits are in the model's output, see `logits_of`
 ) -> LayerSustainability:
     "Compare the representations of clean inputs with those of perturbed inputs that you bring."
-    perts, measure = x_pert if isinstance(x_pert, Mapping) else {'perturbed': x_pert}, as_measure(measure)
-    for name, pert in perts.items():
+    model, measure = model if logits is None else Logits(model, logits), as_measure(measure)
+    perts = dict(x_pert) if isinstance(x_pert, Mapping) else {'perturbed': x_pert}
+    x, *others = (match_dtype(torch.as_tensor(v), model) for v in (x, *perts.values()))
+    for name, pert in zip(perts, others, strict=True):
         if pert.shape != x.shape:
             raise ValueError(f'{name} has shape {tuple(pert.shape)}, the clean inputs have {tuple(x.shape)}')
-    if not len(x):
-        raise ValueError('the batch is empty, so there is nothing to compare')
-    with untouched(model):
-        parts = _in_pieces(model, [match_dtype(v, model) for v in (x, *perts.values())], where, [measure], batch_size)
+    if not len(x) or not perts:
+        raise ValueError('there is nothing to compare: the batch is empty, or no perturbed inputs were given')
+    parts = _in_pieces(model, [x, *others], where, [measure], batch_size)
     unknown = np.full(len(x), -1)
     return _result(parts, measure, list(perts), unknown, np.arange(len(x)), {'where': str(where)})
 
@@ -296,6 +316,7 @@ class _Bundle:
     classes: list[str]
     x: np.ndarray  # (s, ...)
     x_pert: np.ndarray  # (f, p, s, ...)
+    fixed: set[str]  # perturbations without a strength: the same at every factor
     maps: dict[tuple[int, int, int], dict] = field(default_factory=dict)  # (f, p, s) -> layer -> `_top_maps`
 
     @property
@@ -304,9 +325,7 @@ class _Bundle:
 
     @property
     def nbytes(self) -> int:
-        arrays = [self.x, self.x_pert, *(r.dataset['value'].values for rs in self.results.values() for r in rs)]
-        arrays += [part for layers in self.maps.values() for maps in layers.values() for part in maps]
-        return sum(a.nbytes for a in arrays)
+        return nbytes([self.x, self.x_pert, self.maps, [r.dataset['value'].values for rs in self.results.values() for r in rs]])
 
     def samples(self, label: str) -> np.ndarray:
         "Rows of the samples of one class, or of all."
@@ -348,21 +367,24 @@ def _make_bundle(model: nn.Module, data, perturbations: dict, factors: list[floa
                  samples: int, show_progress: bool) -> _Bundle:
     "Perturb and compare the first samples at every strength, all measures in one pass."
     measures = [as_measure(m) for m in measures]
+    if streamed := [m.name for m in measures if m.stream]:
+        raise ValueError(f'{", ".join(streamed)} has no value per sample, which the explorer shows; choose other measures')
     chunks = list(batches(data, 64, device_of(model), limit=samples))
+    if not chunks:
+        raise ValueError('the data are empty, so there is nothing to explore')
     x, y, ids = (torch.cat(column) for column in zip(*chunks, strict=True))
     results, x_perts = {m.name: [] for m in measures}, []
-    with untouched(model):
-        for factor in progress(factors, 'explorer', show=show_progress):
-            scaled = {n: p.scaled(factor) if isinstance(p, Perturbation) else p for n, p in perturbations.items()}
-            versions = [x, *(perturb(p, model, x, y, ids) for p in scaled.values())]
-            parts = _in_pieces(model, versions, where, measures, rows=128)
-            for number, m in enumerate(measures):
-                found = _result(parts, m, list(perturbations), y.cpu().numpy(), ids.cpu().numpy(), {}, number)
-                results[m.name].append(found)
-            x_perts.append(torch.stack(versions[1:]).half().cpu().numpy())
+    fixed = {name for name, p in perturbations.items() if not isinstance(p, Perturbation)}
+    for factor in progress(factors, 'explorer', show=show_progress):
+        scaled = [p if name in fixed else p.scaled(factor) for name, p in perturbations.items()]
+        versions = [x, *(perturb(p, model, x, y, ids) for p in scaled)]
+        parts = _in_pieces(model, versions, where, measures, rows=128)
+        for number, m in enumerate(measures):
+            found = _result(parts, m, list(perturbations), y.cpu().numpy(), ids.cpu().numpy(), {}, number)
+            results[m.name].append(found)
+        x_perts.append(torch.stack(versions[1:]).half().cpu().numpy())
     names = classes_of(data) or tuple(map(str, range(int(y.max()) + 1)))
-    present = [str(name) for name in names]
-    return _Bundle(results, factors, present, x.half().cpu().numpy(), np.stack(x_perts))
+    return _Bundle(results, factors, list(names), x.half().cpu().numpy(), np.stack(x_perts), fixed)
 
 # %% ../nbs/30_lsa.ipynb #98e421f7
 def _profile_part(bundle: _Bundle, f: int, p: int, measure: str, label: str, title: str):
@@ -379,13 +401,15 @@ def _profile_part(bundle: _Bundle, f: int, p: int, measure: str, label: str, tit
 def _draw(bundle: _Bundle, perturbation: str, strength: float, measure: str, label: str, layer: str):
     "The explorer's picture for one state."
     p, f = bundle.first.perturbations.index(perturbation), bundle.factors.index(strength)
-    profile = _profile_part(bundle, f, p, measure, label, f'{perturbation} at {strength:g} times its strength')
+    how = '' if perturbation in bundle.fixed else f' at {strength:g} times its strength'
+    profile = _profile_part(bundle, f, p, measure, label, perturbation + how)
     worst = bundle.worst(f, p, measure, label, n=4)
     if not len(worst):
         return profile
     data = bundle.results[measure][f].dataset
-    names = bundle.classes
-    read = [f'{names[data["clean_prediction"].values[s]]} → {names[data["prediction"].values[p, s]]}' for s in worst]
+    before, after = (data[name].values[..., worst].tolist() for name in ('clean_prediction', 'prediction'))
+    read = [f'{class_name(bundle.classes, a)} → {class_name(bundle.classes, b)}'
+            for a, b in zip(before, after[p], strict=True)]
     before, after = bundle.x[worst].astype(np.float32), bundle.x_pert[f, p, worst].astype(np.float32)
     parts = [profile]
     if before.ndim == 4:
@@ -405,12 +429,14 @@ def _describe(bundle: _Bundle, perturbation: str, strength: float, measure: str,
     if not len(rows):
         return f'There are no samples of class {label} among the {len(bundle.x)} that were analysed.'
     data = result.dataset
-    mean = _finite_mean(data['value'].values[:, p, rows])
-    flipped = (data['prediction'].values[p] != data['clean_prediction'].values)[rows].mean()
+    mean, flipped = _finite_mean(data['value'].values[:, p, rows]), _flipped(data.isel(sample=rows))[p]
+    if not np.isfinite(mean).any():
+        return f'{who}: the {measure.replace("_", " ")} is undefined in every layer.'
     top = int(np.nanargmax(mean))
+    flips = '' if np.isnan(flipped) else f'{flipped:.0%} of the predictions change; '
     size = _finite_mean(data['input_change'].values[p, rows])
     return (f'{who}: the {measure.replace("_", " ")} is largest in {result.layers[top]} ({mean[top]:.3f}); '
-            f'{flipped:.0%} of the predictions change; the input changes by {size:.2f} of its length.')
+            f'{flips}the input changes by {size:.2f} of its length.')
 
 # %% ../nbs/30_lsa.ipynb #026571f8
 def explore(
@@ -422,10 +448,11 @@ def explore(
     where='activations',  # which layers, see `select`
     samples: int = 100,  # how many samples from the start of the data
     top: int = 6,  # how many channels of each feature map
+    logits: str | int | Callable | None = None,  # where the logits are in the model's output, see `logits_of`
     show_progress: bool = True,  # one bar
 ) -> Explorer:
     "An explorer of layer sustainability: profile, hardest-hit samples and their feature maps, for every choice."
-    perturbations = named(perturbations, bounds_of(data))
+    model, perturbations = model if logits is None else Logits(model, logits), named(perturbations, bounds_of(data))
     bundle = _make_bundle(model, data, perturbations, list(factors), measures, where, samples, show_progress)
     _add_maps(bundle, model, where, top)
     layers, names = bundle.first.layers, bundle.first.perturbations

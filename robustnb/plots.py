@@ -45,6 +45,7 @@ _STYLE = {
     'figure.dpi': 80, 'savefig.dpi': 'figure', 'figure.facecolor': 'white', 'axes.facecolor': 'white',
     'figure.constrained_layout.h_pad': 0.06, 'figure.constrained_layout.w_pad': 0.06,
     'font.family': ['DejaVu Sans'], 'font.size': 10.5, 'text.color': _INK,  # this font comes with matplotlib
+    'text.parse_math': False,  # names of layers and classes are somebody's, and may hold a dollar sign
     'axes.titlesize': 12, 'axes.titlelocation': 'left', 'axes.titlepad': 10, 'figure.titlesize': 12,
     'axes.labelsize': 10.5, 'axes.labelcolor': _INK, 'axes.labelpad': 6,
     'xtick.labelsize': 10, 'ytick.labelsize': 10, 'xtick.labelcolor': _INK, 'ytick.labelcolor': _INK,

@@ -106,9 +106,9 @@ class _Capture:
         tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor) and _same_memory(_memory(t), self.memory)]
         self.shared = [(t, _version(t)) for t in tensors]  # tensors in the model's own memory
 
-    def rescue(self, memory: int | None) -> None:
-        "Take a private copy if this memory, which is about to be overwritten, is ours."
-        if self.shared and _same_memory(self.memory, memory) and not self.lost:
+    def rescue(self) -> None:
+        "Take a private copy, because the memory is about to be overwritten."
+        if not self.lost:
             with torch.enable_grad():  # the copy belongs to the graph even if the overwriting does not
                 self.value, self.shared = tree_map_only(Tensor, Tensor.clone, self.value), []
 
@@ -127,6 +127,47 @@ def _memory(tensor: Tensor) -> int | None:
 def _same_memory(a: int | None, b: int | None) -> bool:
     "Whether writing into one may change the other. If in doubt it may: a copy too many does no harm."
     return a is None or b is None or a == b
+
+# %% ../nbs/10_probes.ipynb #7b3a1915
+def _numbered(calls: list[tuple[str, _Capture]], where) -> dict[str, _Capture]:
+    "Captures under the names that users see: `name`, or `name#0`, `name#1` where a module ran more than once."
+    wheres = where if isinstance(where, list | tuple | set) else [where]
+    asked = [w for w in wheres if isinstance(w, str) and '#' in w]
+    partly = {w.split('#')[0] for w in asked}  # layers of which only some calls were asked for
+    times, seen, found = Counter(name for name, _ in calls), Counter(), {}
+    for name, capture in calls:
+        call = f'{name}#{seen[name]}'
+        seen[name] += 1
+        if name not in partly or call in asked:
+            found[call if times[name] > 1 else name] = capture
+    return found
+
+# %% ../nbs/10_probes.ipynb #96948690
+class _Captures:
+    "What was captured in the last forward pass, in the order of the calls."
+
+    def __init__(self, where):
+        self.where = where
+        self.clear()
+
+    def clear(self) -> None:
+        self.calls: list[tuple[str, _Capture]] = []
+        self.found: dict[str, _Capture] | None = None  # the same by name, made when asked for
+
+    def add(self, name: str, capture: _Capture) -> None:
+        self.calls.append((name, capture))
+        self.found = None
+
+    def rescue(self, target: Tensor) -> None:
+        memory = _memory(target)
+        for _, capture in self.calls:
+            if capture.shared and _same_memory(capture.memory, memory):
+                capture.rescue()
+
+    def by_name(self) -> dict[str, _Capture]:
+        if self.found is None:
+            self.found = _numbered(self.calls, self.where)
+        return self.found
 
 # %% ../nbs/10_probes.ipynb #d5190756
 _OPERATORS = {'__setitem__', '__set__', '__iand__', '__ior__', '__ixor__', '__ilshift__', '__irshift__'}  # += is add_
@@ -151,7 +192,7 @@ class _FunctionTap(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for target in _targets(func, args, kwargs):
-            self.recorder.rescue(target)
+            self.recorder.captures.rescue(target)
         result = func(*args, **kwargs)
         if func in _FUNCTIONS:
             self.recorder.saw_function(_FUNCTIONS[func], result)
@@ -159,11 +200,11 @@ class _FunctionTap(TorchFunctionMode):
 
 # %% ../nbs/10_probes.ipynb #9d14ebeb
 class _Recorder:
-    "What was captured in the last forward pass: a name and a `_Capture` for each call, in the order of the calls."
+    "Follows a forward pass, and captures what was chosen."
 
-    def __init__(self, chosen: Callable, reduce: Callable | None, detach: bool):
-        self.chosen, self.reduce, self.detach = chosen, reduce, detach
-        self.calls: list[tuple[str, _Capture]] = []
+    def __init__(self, model: nn.Module, where, reduce: Callable | None, detach: bool):
+        self.chosen, self.reduce, self.detach = _chooser(model, where), reduce, detach
+        self.captures = _Captures(where)
         self.running: list[tuple[str, nn.Module]] = []
         self.reducing = False
 
@@ -171,7 +212,7 @@ class _Recorder:
         if self.reducing:  # a reducer may call a layer, which is no part of the forward pass
             return
         if not self.running and not name:  # the model itself, not one of its layers called from outside
-            self.calls.clear()
+            self.captures.clear()
         self.running.append((name, module))
 
     def ended(self, name: str, module: nn.Module, output) -> None:
@@ -196,23 +237,17 @@ class _Recorder:
             with torch._C.DisableTorchFunction():  # what is called here is no part of the forward pass, for no probe
                 value = tensor.detach() if self.detach else tensor
                 kept = value if self.reduce is None else self.reduce(name, value)
-                self.calls.append((name, _Capture(kept, tensor)))
+                self.captures.add(name, _Capture(kept, tensor))
         finally:
             self.reducing = False
 
-    def rescue(self, target: Tensor) -> None:
-        memory = _memory(target)
-        for _, capture in self.calls:
-            capture.rescue(memory)
-
 # %% ../nbs/10_probes.ipynb #51c1a5e1
-def _check_recording(recorder: _Recorder, model: nn.Module, where) -> None:
+def _check_captures(captures: _Captures, model: nn.Module) -> None:
     "Complain if a forward pass has captured nothing, or if something was overwritten behind our back."
-    found = _numbered(recorder.calls, where)
-    if not found:
-        seen = f'; seen in this pass: {", ".join(_numbered(recorder.calls, None))}' if recorder.calls else ''
-        raise ValueError(f'{_nothing_chosen(model, where)}{seen}')
-    lost = [name for name, capture in found.items() if capture.lost]
+    if not captures.by_name():
+        seen = f'; seen in this pass: {", ".join(_numbered(captures.calls, None))}' if captures.calls else ''
+        raise ValueError(f'{_nothing_chosen(model, captures.where)}{seen}')
+    lost = [name for name, capture in captures.by_name().items() if capture.lost]
     if lost:
         raise _overwritten(', '.join(lost))
 
@@ -248,14 +283,14 @@ class Probe(Mapping):
         select(model, where)  # an empty choice is an error now, not after the first batch
         _refuse_unreadable(model)
         self.model, self.where, self._compiled = unwrap(model), where, _is_compiled(model)
-        self._recorder = _Recorder(_chooser(self.model, where), reduce, detach)
+        self._recorder = _Recorder(self.model, where, reduce, detach)
         self._undo = None
 
     def __enter__(self) -> 'Probe':
         if self._undo is not None:
             raise RuntimeError('this probe is already at work; make a second one')
         with ExitStack() as stack:  # if anything fails here, what was done so far is undone
-            for handle in _hooks(self.model, self._recorder, self.where):
+            for handle in _hooks(self.model, self._recorder):
                 stack.callback(handle.remove)
             if self._compiled:  # compiled code would pass by our hooks
                 stack.enter_context(torch.compiler.set_stance('force_eager'))
@@ -269,7 +304,7 @@ class Probe(Mapping):
         return undo.__exit__(*error)
 
     def __getitem__(self, name: str):
-        found = _numbered(self._recorder.calls, self.where)
+        found = self._recorder.captures.by_name()
         if name not in found:
             raise KeyError(f'{name!r} was not captured; there are: {", ".join(found) or "none yet, run the model"}')
         if found[name].lost:
@@ -277,13 +312,13 @@ class Probe(Mapping):
         return found[name].value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_numbered(self._recorder.calls, self.where))
+        return iter(self._recorder.captures.by_name())
 
     def __len__(self) -> int:
-        return len(_numbered(self._recorder.calls, self.where))
+        return len(self._recorder.captures.by_name())
 
 # %% ../nbs/10_probes.ipynb #4da209a1
-def _hooks(model: nn.Module, recorder: _Recorder, where) -> Iterator:
+def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator:
     "Put two hooks on each module, yielding their handles one by one."
     for name, module in model.named_modules():
         def before(module, args, name=name):
@@ -292,21 +327,7 @@ def _hooks(model: nn.Module, recorder: _Recorder, where) -> Iterator:
         def after(module, args, output, name=name):
             recorder.ended(name, module, output)
             if not name and output is not None and not recorder.reducing:
-                _check_recording(recorder, model, where)
+                _check_captures(recorder.captures, model)
 
         yield module.register_forward_pre_hook(before)
         yield module.register_forward_hook(after, always_call=True)  # also when the forward pass raises
-
-# %% ../nbs/10_probes.ipynb #7b3a1915
-def _numbered(calls: list[tuple[str, _Capture]], where) -> dict[str, _Capture]:
-    "Captures under the names that users see: `name`, or `name#0`, `name#1` where a module ran more than once."
-    wheres = where if isinstance(where, list | tuple | set) else [where]
-    asked = [w for w in wheres if isinstance(w, str) and '#' in w]
-    partly = {w.split('#')[0] for w in asked}  # layers of which only some calls were asked for
-    times, seen, found = Counter(name for name, _ in calls), Counter(), {}
-    for name, capture in calls:
-        call = f'{name}#{seen[name]}'
-        seen[name] += 1
-        if name not in partly or call in asked:
-            found[call if times[name] > 1 else name] = capture
-    return found

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import nn
 
-from .attacks import FGSM, PGD, Gaussian, SaltPepper, named, perturb, predictions
-from .data import batches, bounds_of, classes_of
+from .attacks import FGSM, PGD, Gaussian, Perturbation, SaltPepper, named, perturb
+from .data import batches, bounds_of, class_name, classes_of
 from .devices import device_of, env
-from .evaluation import Evaluation, evaluate
-from .guard import Logits, logits_of, untouched
+from .evaluation import Evaluation, evaluate, predict
+from .guard import Logits
 from .lsa import LayerSustainability, layer_sustainability
 from .plots import html_image, image_strip
 from .results import provenance
@@ -31,16 +31,16 @@ class Section:
     words: list[str]  # paragraphs of plain text, escaped when the page is made
     figure: object = None  # a matplotlib figure
     alt: str = ''  # what the figure shows, for readers who cannot see it
-    table: object = None  # a DataFrame
+    tables: list = field(default_factory=list)  # DataFrames, folded away below the figure
 
     def html(self) -> str:
         "This section as HTML."
         parts = [f'<h2>{html.escape(self.title)}</h2>', *(f'<p>{html.escape(p)}</p>' for p in self.words)]
         if self.figure is not None:
             parts.append(f'<figure>{html_image(self.figure, self.alt)}</figure>')
-        if self.table is not None:
-            table = self.table.to_html(index=False, border=0, float_format='%.3f', na_rep='')
-            parts.append(f'<details><summary>The numbers</summary>{table}</details>')
+        if self.tables:
+            tables = ''.join(t.to_html(index=False, border=0, float_format='%.3f', na_rep='') for t in self.tables)
+            parts.append(f'<details><summary>The numbers</summary>{tables}</details>')
         return '\n'.join(parts)
 
 # %% ../nbs/70_report.ipynb #861ebd1c
@@ -107,7 +107,7 @@ def _accuracy_words(result: Evaluation) -> list[str]:
     words = [f'On {clean.n} clean samples the network is right in {_percent(clean)}.']
     for name, rows in attacked.groupby('attack', sort=False):
         broken = rows.eps[rows.accuracy < 0.5]
-        words.append(f'{name}: from strength {broken.min():g} on it is wrong more often than right.' if len(broken) else
+        words.append(f'{name}: at strength {broken.min():g} it is wrong more often than right.' if len(broken) else
                      f'{name}: at the largest strength tested, {rows.eps.max():g}, it is still right in '
                      f'{_percent(rows.iloc[-1])}.')
     words.append('Strengths are in the units of the input. For an attack the strength is the largest change of any value, '
@@ -134,6 +134,8 @@ def _profile_words(result: LayerSustainability, attack: str, noise: str) -> list
     "What a layer profile says, in sentences."
     sizes, top = result.sizes().set_index('perturbation'), result.most_vulnerable('topk', attack)
     profile = result.table().set_index(['perturbation', 'layer'])['mean']
+    if not top.layers:
+        return [f'The relative error is undefined in every layer under {attack}: the layers are silent on clean inputs.']
     layer, joint = top.layers[0], result.most_vulnerable('joint', attack)
     measure = result.settings['measure'].replace('_', ' ')
     change = {name: f'{sizes.input_change[name]:.2f}' for name in (attack, noise)}
@@ -145,7 +147,7 @@ def _profile_words(result: LayerSustainability, attack: str, noise: str) -> list
         f'{profile[noise, layer]:.2f} under {noise}. At the input the two change the images by {change[attack]} and '
         f'{change[noise]} of their length.',
         f'The published joint rule with eta = 1 names {", ".join(joint.layers) or "no layer"} ({joint.reason}).',
-        *(f'{name} changes {row.flipped:.0%} of the predictions.' for name, row in sizes.iterrows()),
+        *(f'{name} changes {share:.0%} of the predictions.' for name, share in sizes.flipped.dropna().items()),
     ]
 
 # %% ../nbs/70_report.ipynb #3949d8e0
@@ -156,14 +158,24 @@ def _image_section(model: nn.Module, data, perturbations: dict[str, Callable], s
         return None
     names = classes_of(data)
     rows = {'clean': x} | {name: perturb(p, model, x, y, ids) for name, p in perturbations.items()}
-    with untouched(model):
-        read = {name: predictions(logits_of(model(images))) for name, images in rows.items()}
+    read = {name: predict(model, images) for name, images in rows.items()}
     wrong = ', '.join(f'{name} {int((classes != y).sum())} of {len(x)}' for name, classes in read.items())
-    titles = {name: [names[c] if names else str(c) for c in classes.tolist()] for name, classes in read.items()}
+    titles = {name: [class_name(names, c) for c in classes.tolist()] for name, classes in read.items()}
     return Section('What it looks like', [f'Above each image stands what the network reads. Wrong readings: {wrong}.'],
                    image_strip(rows, titles=titles), 'Images, clean and perturbed, with the class that is read')
 
 # %% ../nbs/70_report.ipynb #344dafa1
+def _with_company(noise, attack) -> dict[str, Perturbation]:
+    "The noise and the attack by name, first, and beside them FGSM and salt and pepper where they are not there already."
+    for p in (noise, attack):
+        if not isinstance(p, Perturbation):
+            raise TypeError(f'a report runs through strengths, so it takes perturbations such as PGD(0.1), got {p!r}')
+    found = {noise.name: noise, attack.name: attack}
+    if len(found) < 2:
+        raise ValueError(f'a report compares two perturbations, got {noise.name} twice')
+    return found | {p.name: p for p in (FGSM(attack.strength), SaltPepper(0.05)) if p.name not in found}
+
+# %% ../nbs/70_report.ipynb #3ed8ae3f
 def full_report(
     model: nn.Module,  # a classifier; comes back as it was
     data,  # test data: a `DataSet`, a pair (x, y), or a data loader; walked over several times
@@ -177,18 +189,17 @@ def full_report(
 ) -> Report:
     "Accuracy over strengths, perturbed images, and the layer profile of `model`, on one page with words."
     model = model if logits is None else Logits(model, logits)
-    pair = named([noise, attack], bounds_of(data))
-    noise_name, attack_name = pair
-    several = named([*pair.values(), FGSM(attack.eps), SaltPepper(0.05)], bounds_of(data))
+    several = named(_with_company(noise, attack), bounds_of(data))
+    noise_name, attack_name, *_ = several
     accuracy = evaluate(model, data, several, eps, show_progress=show_progress)
     profile = layer_sustainability(model, data, several, where, show_progress=show_progress)
-    images = _image_section(model, data, pair)
+    images = _image_section(model, data, {name: several[name] for name in (noise_name, attack_name)})
     sections = [
         Section('Where it breaks', _accuracy_words(accuracy), accuracy.plot(), 'Accuracy against strength',
-                accuracy.table()),
+                [accuracy.table()]),
         *([images] if images else []),
         Section('Which layers let it through', _profile_words(profile, attack_name, noise_name), profile.plot(),
-                'Relative error of each layer under each perturbation', profile.table()),
+                'Relative error of each layer under each perturbation', [profile.table(), profile.sizes()]),
         Section('Settings', [f'{key}: {value}' for key, value in (accuracy.settings | profile.settings).items()]),
     ]
     about = f'{provenance()["time"]} | {env()}'

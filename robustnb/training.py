@@ -9,7 +9,9 @@ __all__ = ['RECIPES', 'Standard', 'Adversarial', 'Fit', 'fit', 'Recipe', 'traine
 import copy
 import itertools
 import logging
+import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import LOSSES, PGD, Perturbation, perturb
-from .data import Batch, DataSet, asset, batches, cache_folder, load_data, size_of
+from .data import Batch, asset, batches, cache_folder, can_shuffle, load_data, steps_of
 from .devices import device_of, progress, seeded, sync
 from .evaluation import accuracy
 from .guard import logits_of, match_dtype
@@ -32,17 +34,17 @@ log = logging.getLogger(__name__)
 def _mean_loss(model: nn.Module, x: Tensor, y: Tensor, loss: str | Callable) -> Tensor:
     "Mean loss of a batch, through the model as it is."
     per_sample = loss if callable(loss) else LOSSES[loss]
-    return per_sample(logits_of(model(match_dtype(x, model))), y).mean()
+    return per_sample(logits_of(model(match_dtype(x, model))), y if callable(loss) else y.long()).mean()
 
 # %% ../nbs/22_training.ipynb #ea5454aa
 @dataclass(frozen=True)
 class Standard:
     "Minimise the loss on clean inputs."
-    loss_name: str | Callable = 'ce'  # name in `LOSSES`, or a function (logits, y) -> (batch,)
+    criterion: str | Callable = 'ce'  # name in `LOSSES`, or a function (logits, y) -> (batch,)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         "The mean loss of the batch, a scalar."
-        return _mean_loss(model, batch.x, batch.y, self.loss_name)
+        return _mean_loss(model, batch.x, batch.y, self.criterion)
 
 # %% ../nbs/22_training.ipynb #37d2fe34
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Adversarial:
     "Minimise the loss on attacked inputs (Madry et al., 2018), or on a mixture of clean and attacked ones."
     attack: Callable = PGD(eps=0.1, steps=7)  # a perturbation, or a function (model, x, y) -> x_pert
     clean_weight: float = 0.0  # weight of the clean loss, 0 to 1; the attacked loss has the rest
-    loss_name: str | Callable = 'ce'  # name in `LOSSES`, or a function (logits, y) -> (batch,)
+    criterion: str | Callable = 'ce'  # name in `LOSSES`, or a function (logits, y) -> (batch,)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         "The weighted mean loss of the batch, a scalar."
@@ -58,10 +60,10 @@ class Adversarial:
         if isinstance(attack, Perturbation):
             attack = replace(attack, seed=attack.seed + step)
         x_adv = perturb(attack, model, batch.x, batch.y, batch.ids)
-        attacked = _mean_loss(model, x_adv, batch.y, self.loss_name)
+        attacked = _mean_loss(model, x_adv, batch.y, self.criterion)
         if self.clean_weight == 0:
             return attacked
-        clean = _mean_loss(model, batch.x, batch.y, self.loss_name)
+        clean = _mean_loss(model, batch.x, batch.y, self.criterion)
         return self.clean_weight * clean + (1 - self.clean_weight) * attacked
 
 # %% ../nbs/22_training.ipynb #1e9b7cc3
@@ -70,6 +72,7 @@ class Fit:
     "A trained model and how it got there."
     model: nn.Module  # the trained copy, in evaluation mode
     history: list[dict] = field(default_factory=list)  # one entry per epoch: epoch, loss, accuracy (if valid), seconds
+    interrupted: bool = False  # training was stopped before its last epoch
 
     def table(self):
         "The history as a DataFrame."
@@ -87,6 +90,8 @@ class Fit:
         return f'Fit({last})'
 
 # %% ../nbs/22_training.ipynb #6cd73ad5
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module,  # where to start; it stays as it is
     data,  # training data: a `DataSet` or a pair (x, y), shuffled here, or a data loader, which shuffles by itself
@@ -99,40 +104,59 @@ def fit(
     show_progress: bool = True,  # one bar over all steps
 ) -> Fit:  # the trained copy and its history
     "Train a copy of `model` on `data`."
-    result, counter = Fit(copy.deepcopy(model)), itertools.count()
-    loss_of, optimizer = getattr(objective, 'loss', objective), optimizer(result.model.parameters())
-    steps = None if size_of(data) is None else epochs * -(-size_of(data) // batch_size)
-    with seeded(seed), progress(None, 'fit', steps, show_progress) as bar:
+    result, steps = Fit(copy.deepcopy(model)), steps_of(data, batch_size)
+    with seeded(seed), progress(None, 'fit', steps and steps * epochs, show_progress) as bar:
+        step = _stepper(result.model, objective, optimizer, bar)
         try:
             for epoch in range(epochs):
-                start = time.perf_counter()
-                order = seed * 1_000_003 + epoch if isinstance(data, DataSet | tuple) else None
+                start, order = time.perf_counter(), seed * 1_000_003 + epoch if can_shuffle(data) else None
                 loop = batches(data, batch_size, device_of(model), shuffle=order)
-                entry = {'epoch': epoch + 1, 'loss': _epoch(result.model, loop, loss_of, optimizer, counter, bar)}
+                entry = {'epoch': epoch + 1, 'loss': _epoch(loop, step)}
                 if valid is not None:
                     entry['accuracy'] = accuracy(result.model, valid)
                 result.history.append(entry | {'seconds': time.perf_counter() - start})
         except KeyboardInterrupt:
+            result.interrupted = True
             log.warning('interrupted after %d of %d epochs; the model is as it was then', len(result.history), epochs)
     result.model.eval()
     return result
 
 # %% ../nbs/22_training.ipynb #184bd033
-def _epoch(model: nn.Module, loop, loss_of: Callable, optimizer, counter, bar) -> float:
-    "One pass of gradient steps; the mean loss over its samples. The device is asked for a number once, at the end."
-    model.train()
-    total, seen = 0.0, 0
-    for batch in loop:
+def _stepper(model: nn.Module, objective, optimizer: Callable, bar) -> Callable[[Batch], Tensor]:
+    "A function that takes one gradient step on a batch and returns its loss."
+    frozen = [m for m in model.modules() if not m.training] if model.training else []
+    loss_of, after_step = getattr(objective, 'loss', objective), getattr(objective, 'after_step', None)
+    getattr(objective, 'setup', lambda model: None)(model)
+    optimizer, counter = optimizer(model.parameters()), itertools.count()
+
+    def step(batch: Batch) -> Tensor:
+        model.train()
+        for module in frozen:
+            module.training = False
         loss = loss_of(model, batch, next(counter))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if after_step is not None:
+            after_step(model)
         sync(batch.x.device)
-        total, seen = total + loss.detach() * len(batch.x), seen + len(batch.x)
         bar.update()
+        return loss.detach()
+
+    return step
+
+# %% ../nbs/22_training.ipynb #12a2bdb9
+def _epoch(loop, step: Callable) -> float:
+    "One pass of gradient steps; the mean loss over its samples."
+    total, seen = 0.0, 0
+    for batch in loop:
+        total, seen = total + step(batch) * len(batch.x), seen + len(batch.x)
     if not seen:
         raise ValueError('the training data are empty')
-    return float(total) / seen
+    loss = float(total) / seen
+    if not math.isfinite(loss):
+        log.warning('the loss is %s: look for NaN in the inputs, or lower the learning rate', loss)
+    return loss
 
 # %% ../nbs/22_training.ipynb #22579eb6
 @dataclass(frozen=True)
@@ -166,16 +190,18 @@ def trained(
         known = ', '.join(f'{data} {training}' for data, training in RECIPES)
         raise KeyError(f'no recipe for {training} training on {data}; there are: {known}')
     size = {'size': int(data[6:] or 8)} if kind == name.split('_')[0] == 'digits' else {}
-    model, file = build(name, seed=seed, **size), f'{name}-{data}-{training}-{seed}.safetensors'
-    cached = cache_folder() / 'weights' / file
+    recipe, stem = RECIPES[kind, training], f'{name}-{data}-{training}-{seed}'
+    model, version = build(name, seed=seed, **size), zlib.crc32(repr(recipe).encode())  # another recipe, another file
+    cached = cache_folder() / 'weights' / f'{stem}-{version:08x}.safetensors'
     try:
-        return load_weights(model, asset(file)).eval()
+        return load_weights(model, asset(f'{stem}.safetensors')).eval()
     except FileNotFoundError:
         if cached.is_file():
             return load_weights(model, cached).eval()
-    recipe = RECIPES[kind, training]
-    model = fit(model, load_data(data, root).train, recipe.objective, recipe.epochs, recipe.batch_size,
-                partial(torch.optim.Adam, lr=recipe.lr), seed=seed, show_progress=show_progress).model
+    result = fit(model, load_data(data, root).train, recipe.objective, recipe.epochs, recipe.batch_size,
+                 partial(torch.optim.Adam, lr=recipe.lr), seed=seed, show_progress=show_progress)
+    if result.interrupted:  # half a training must not be found in the cache tomorrow
+        raise KeyboardInterrupt
     cached.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(model, cached, {'recipe': repr(recipe), 'data': data, 'seed': seed})
-    return model
+    save_weights(result.model, cached, {'recipe': repr(recipe), 'data': data, 'seed': seed})
+    return result.model

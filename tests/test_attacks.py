@@ -336,3 +336,51 @@ def test_predictions():
     assert predictions(torch.tensor([[0.1, 0.9], [2.0, 1.0]])).tolist() == [1, 0]
     assert predictions(torch.tensor([0.3, -0.3])).tolist() == [1, 0]
     assert predictions(torch.tensor([[0.3], [-0.3]])).tolist() == [1, 0]
+
+
+def test_eps_is_kept_when_the_model_is_coarser_than_the_images(net, batch):
+    import copy
+
+    x, y = batch
+    result = PGD(8 / 255, steps=3).run(copy.deepcopy(net).bfloat16(), x, y)
+    assert (result.x_adv - x).abs().max() <= 8 / 255 + 1e-6
+    assert torch.equal(result.size, (result.x_adv - x).flatten(1).abs().amax(1))
+
+
+def test_settings_are_checked(net, batch):
+    for wrong in (lambda: PGD(steps=0), lambda: PGD(restarts=0), lambda: FGSM(-0.1), lambda: Gaussian(float('nan'))):
+        with pytest.raises(ValueError, match='at least'):
+            wrong()
+    for nothing in ([], {}, {'clean': FGSM()}):
+        with pytest.raises(ValueError, match='at least one perturbation'):
+            named(nothing)
+    with pytest.raises(ValueError, match='one value per sample'):
+        PGD(loss=F.cross_entropy)(net, *batch)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+    with pytest.raises(ValueError, match='the model knows 0 to 1'):
+        FGSM()(flat, batch[0], batch[1] + 5)
+
+
+def test_a_given_step_grows_with_the_strength():
+    assert PGD(0.1, step=0.02).at(0.5).step == pytest.approx(0.1) and PGD(0.1).at(0.5).step is None
+
+
+def test_a_loss_of_your_own_may_have_its_own_targets():
+    with seeded(0):
+        regression = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    x, y = torch.rand(6, 4), torch.rand(6)
+
+    def squared_error(output, y):
+        return (output[:, 0] - y) ** 2
+
+    x_adv = PGD(0.1, steps=5, loss=squared_error)(regression, x, y)
+    assert (squared_error(regression(x_adv), y) > squared_error(regression(x), y)).all()
+
+
+def test_the_images_of_the_caller_are_safe(net, batch):
+    x, y = batch
+    kept = x.clone()
+    perturb(lambda m, x, y: x.mul_(0), net, x, y)
+    with torch.inference_mode():
+        perturb(lambda m, x, y: (x + torch.autograd.grad(m(x.requires_grad_()).sum(), x)[0]).clamp(0, 1), net, x, y)
+    assert torch.equal(x, kept) and not x.requires_grad

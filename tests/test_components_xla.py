@@ -41,13 +41,15 @@ device = pick_device('xla')
 import copy
 other = copy.deepcopy(net).to(device)
 
-here = PGD(0.05, steps=5)(net, x, y)
-there = PGD(0.05, steps=5)(other, x.to(device), y.to(device)).cpu()
-print('pgd', float((here - there).abs().max()), float(((here - there).abs() > 1e-6).float().mean()))
+for attack in (PGD(0.05, steps=5), PGD(0.05, steps=5, random_start=False)):
+    here, there = attack.run(net, x, y), attack.run(other, x.to(device), y.to(device))
+    apart = ((here.x_adv - there.x_adv.cpu()).abs() > 1e-6).float().mean()
+    loss, success = (here.loss - there.loss.cpu()).abs().max(), (here.success == there.success.cpu()).all()
+    print('pgd', float(apart), float(loss), bool(success))
 
 seen = []
 for seed in range(12):
-    PGD(0.05, steps=5, seed=seed)(other, x.to(device), y.to(device)).cpu()
+    PGD(0.05 + 0.01 * seed, steps=5, seed=seed)(other, x.to(device), y.to(device)).cpu()
     seen.append(compile_count())
 print('compilations', seen[-1] - seen[1], seen)
 
@@ -65,9 +67,11 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
     ran = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, timeout=300, cwd=tmp_path,
                          env=os.environ | {'PJRT_DEVICE': 'CPU'})
     assert ran.returncode == 0, ran.stderr[-3000:]
-    found = {line.split()[0]: line.split()[1:] for line in ran.stdout.splitlines() if line.strip()}
-    assert float(found['pgd'][0]) <= 0.1 + 1e-5 and float(found['pgd'][1]) < 0.005, 'a rare sign of a tiny gradient may differ'
-    assert int(found['compilations'][0]) <= 1, 'ten more seeds do not compile ten more programs'
+    lines = [line.split() for line in ran.stdout.splitlines() if line.strip()]
+    for _, apart, loss, success in (line for line in lines if line[0] == 'pgd'):  # a rare sign of a tiny gradient may differ
+        assert float(apart) < 0.005 and float(loss) < 1e-3 and success == 'True'
+    found = {line[0]: line[1:] for line in lines}
+    assert int(found['compilations'][0]) <= 1, 'ten more seeds and strengths do not compile ten more programs'
     assert found['relative_error'][0] == '5' and float(found['relative_error'][1]) < 1e-4
     assert float(found['energy_relative_error'][1]) < 1e-4
     assert found['evaluation'] == ['True']

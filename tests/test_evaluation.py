@@ -100,3 +100,17 @@ def test_saved_loaded_and_drawn(net, data, tmp_path):
 def test_nothing_to_evaluate(net, data):
     with pytest.raises(ValueError, match='empty'):
         evaluate(net, (data.x[:0], data.y[:0]), FGSM(), show_progress=False)
+
+
+def test_strengths_are_sorted_and_interruptions_keep_what_is_done(net, data):
+    table = evaluate(net, data, FGSM(), [0.1, 0, 0.05, 0.1], show_progress=False).table()
+    assert table.eps.tolist() == [0, 0.05, 0.1]
+    calls = []
+
+    def impatient(model, x, y):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return x
+
+    assert evaluate(net, data, impatient, batch_size=10, show_progress=False).table().n[0] == 20

@@ -272,3 +272,74 @@ def test_model_b_on_mnist_agrees_with_known_values(data_root):
     )
     assert len(found) == 24 and np.abs(found - expected).max() <= 0.10, table
     assert rank_agreement(found, expected) >= 0.9, table
+
+
+def test_undefined_values_of_a_stream_measure_are_left_out():
+    class TwoLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.b(x + 1 + 0 * self.a(x - 0.5))
+
+    x = torch.full((3, 2), 0.2)
+    table = compare(TwoLayers(), x, x + 0.6, measure='energy_relative_error').table()
+    assert table.undefined.tolist() == [1, 0] and np.isnan(table['mean'][0]) and table['mean'][1] > 0
+
+
+def test_predictions_are_those_of_the_logits(net, data):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Out:
+        hidden: torch.Tensor
+        logits: torch.Tensor
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return Out(x.flatten(1), net(x))
+
+    model = Model()
+    model.net = net
+    plain, wrapped = (compare(m, data.x, data.x.flip(-1)).sizes() for m in (net, model))
+    assert plain.flipped.equals(wrapped.flipped)
+    answers = compare(model, data.x, data.x.flip(-1)).dataset['clean_prediction'].values
+    assert answers.tolist() == net(data.x).argmax(1).tolist()
+    silent = compare(net[:3], data.x, data.x.flip(-1))
+    assert silent.sizes().flipped.isna().all(), 'feature maps are no predictions'
+
+
+def test_an_interruption_keeps_what_is_done(net, data):
+    calls = []
+
+    def impatient(model, x, y):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return x
+
+    result = layer_sustainability(net, data, impatient, batch_size=10, show_progress=False)
+    assert result.dataset.sizes['sample'] == 20
+
+
+def test_arrays_and_logits_may_be_compared(net, data):
+    pair = data.x.numpy(), data.x.flip(-1).numpy()
+    assert compare(net, *pair).table().equals(compare(net, data.x, data.x.flip(-1)).table())
+    assert compare(net, data.x, data.x.flip(-1), logits=lambda out: out).layers == ['2', '4', '7']
+    with pytest.raises(ValueError, match='nothing to compare'):
+        compare(net, data.x, {})
+
+
+def test_explorer_edges(net, data):
+    def mirror(model, x, y):
+        return x.flip(-1)
+
+    explorer = lsa.explore(net, data, {'mirror': mirror}, factors=[0.5, 1.0], samples=8, show_progress=False)
+    assert 'times its strength' not in explorer.static().axes[0].get_title()
+    with pytest.raises(ValueError, match='no value per sample'):
+        lsa.explore(net, data, FGSM(), measures=['energy_relative_error'], show_progress=False)
+    with pytest.raises(ValueError, match='empty'):
+        lsa.explore(net, (data.x[:0], data.y[:0]), FGSM(), show_progress=False)
+    few_names = DataSet(data.x[:8], data.y[:8].clamp(max=1), ('cat', '$x'))  # four outputs, two names, one a formula
+    lsa.explore(net, few_names, FGSM(0.3), factors=[1.0], show_progress=False).static()

@@ -61,7 +61,7 @@ def test_vectors_have_no_pictures():
 
 def test_sections_are_escaped():
     table = pd.DataFrame({'<i>': ['<u>']})
-    page = Report('t', [Section('<b>', ['a < b'], table=table)]).html()
+    page = Report('t', [Section('<b>', ['a < b'], tables=[table])]).html()
     assert '<b>' not in page and '<u>' not in page and 'a &lt; b' in page
 
 
@@ -81,3 +81,18 @@ def test_command(tmp_path, capsys, monkeypatch):
 def test_tour_on_mnist(data_root, monkeypatch):
     monkeypatch.setitem(STOPS, 'mnist', Stop('lsa_model_b', {}, train=500, test=20, epochs=1, eps=0.2))
     assert len(tour('mnist', data_root, show_progress=False).sections) == 4
+
+
+@pytest.mark.parametrize(('noise', 'attack'), [('Gaussian(0.1)', 'FGSM(0.1)'), ('SaltPepper(0.1)', 'PGD(0.1, steps=1)')])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_any_pair_and_precision(noise, attack, dtype):
+    from robustnb import attacks
+
+    with seeded(0):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to(dtype)
+    noise, attack = (eval(p, vars(attacks)) for p in (noise, attack))
+    data = DataSet(torch.rand(9, 1, 8, 8), torch.arange(9) % 3, ('a', '$b$', r'$\c'))  # fewer names than outputs
+    found = full_report(net, data, attack, noise, eps=[0.1], show_progress=False)
+    assert set(found.results['profile'].perturbations) == {noise.name, attack.name, 'FGSM', 'SaltPepper'}
+    with pytest.raises(TypeError, match='takes perturbations'):
+        full_report(net, data, attack=lambda m, x, y: x, show_progress=False)

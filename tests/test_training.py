@@ -109,3 +109,58 @@ def test_a_network_is_trained_once_and_cached(monkeypatch, tmp_path, data):
     assert len(list((tmp_path / 'weights').iterdir())) == 1
     monkeypatch.setattr(training, 'fit', None)
     assert torch.equal(weights(trained('digits_cnn', 'digits', seed=77)), weights(first))
+
+
+def test_an_interrupted_training_is_not_cached(monkeypatch, tmp_path):
+    def interrupt(model, batch, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv('ROBUSTNB_HOME', str(tmp_path))
+    monkeypatch.setitem(training.RECIPES, ('digits', 'standard'), training.Recipe(epochs=1, objective=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trained('digits_cnn', 'digits', seed=99, show_progress=False)
+    assert not (tmp_path / 'weights').exists()
+
+
+def test_frozen_modules_stay_frozen(data):
+    with seeded(0):
+        net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 2))
+    net[1].eval()
+    found = fit(net, data, epochs=1, show_progress=False).model
+    assert torch.equal(found[1].running_mean, net[1].running_mean)
+    net.eval()
+    found = fit(net, data, epochs=1, show_progress=False).model
+    assert not torch.equal(found[1].running_mean, net[1].running_mean), 'a net in evaluation mode is put into training mode'
+
+
+def test_setup_and_after_step_are_called(data):
+    class Clipped(Standard):
+        calls = []
+
+        def setup(self, model):
+            self.calls.append('setup')
+
+        def after_step(self, model):
+            with torch.no_grad():
+                model[1].weight.clamp_(-0.1, 0.1)
+            self.calls.append('step')
+
+    found = fit(make_net(), data, Clipped(), epochs=1, batch_size=25, show_progress=False)
+    assert Clipped.calls == ['setup', 'step', 'step'] and found.model[1].weight.abs().max() <= 0.1
+
+
+@pytest.mark.parametrize('caller', [torch.no_grad, torch.inference_mode])
+def test_any_gradient_mode_of_the_caller(caller, data):
+    with caller():
+        found = fit(make_net(), data, epochs=1, show_progress=False).model
+    assert torch.equal(weights(found), weights(fit(make_net(), data, epochs=1, show_progress=False).model))
+
+
+def test_every_kind_of_data_is_shuffled_alike(data):
+    from torch.utils.data import TensorDataset
+
+    kinds = (data, (data.x, data.y), [data.x, data.y], TensorDataset(data.x, data.y))
+    found = [weights(fit(make_net(), kind, epochs=2, batch_size=16, show_progress=False).model) for kind in kinds]
+    assert all(torch.allclose(found[0], other) for other in found[1:])
+    with pytest.raises(TypeError, match='scale them to'):
+        fit(make_net(), ((data.x * 255).byte(), data.y), epochs=1, show_progress=False)
