@@ -100,6 +100,7 @@ def _percent(row) -> str:
     "An accuracy with its interval, in words."
     return f'{row.accuracy:.1%} (95 % interval {row.low:.1%} to {row.high:.1%})'
 
+# %% ../nbs/70_report.ipynb #264fdc5d
 def _accuracy_words(result: Evaluation) -> list[str]:
     "What an evaluation says, in sentences."
     table = result.table()

@@ -478,14 +478,21 @@ def code_lines(text: str) -> int:
                 skip |= set(range(node.lineno + 1, body[0].lineno))
             if ast.get_docstring(node) is not None:
                 skip |= set(range(body[0].lineno, body[0].end_lineno + 1))
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):  # a long text is not code
+            skip |= set(range(node.lineno + 1, node.end_lineno + 1))
     return len(text.splitlines()) - len(skip)
+
+
+def only_imports(text: str) -> bool:
+    "Whether a cell holds nothing but imports."
+    return all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in ast.parse(text).body)
 
 
 def export_size_problems(nb: dict) -> list[str]:
     "Exported cells are small: none is long, counting everything, and most have few lines of code."
     whole = [len(list(filter(str.strip, text.splitlines()))) for text in exported(nb)]
     found = [f'a cell of {n} lines, at most {MAX_LINES}' for n in whole if n > MAX_LINES]
-    code = [code_lines(text) for text in exported(nb)]
+    code = [code_lines(text) for text in exported(nb) if not only_imports(text)]
     if code and statistics.median(code) > MEDIAN_LINES:
         found.append(f'the median of {code} lines of code is over {MEDIAN_LINES}')
     return found
