@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -366,6 +367,9 @@ def named(
     bounds: tuple[float, float] | None = (0.0, 1.0),  # of the data set, for perturbations that were left at (0, 1)
 ) -> dict[str, Callable]:  # name -> perturbation
     "Perturbations by name: names from a dictionary are kept, others are made and told apart by strength."
+    for p in perturbations.values() if isinstance(perturbations, Mapping) else np.atleast_1d(np.array(perturbations, object)):
+        if not callable(p) or isinstance(p, type):
+            raise TypeError(f'a perturbation is an object such as PGD(0.1) or a function (model, x, y) -> x_pert, got {p!r}')
     if not isinstance(perturbations, Mapping):
         several = perturbations if isinstance(perturbations, list | tuple) else [perturbations]
         names = [getattr(p, 'name', getattr(p, '__name__', type(p).__name__)) for p in several]

@@ -63,7 +63,6 @@ def tour(
         raise KeyboardInterrupt
     log.info('attacking %d test images at six strengths, and comparing all layers ...', len(test))
     report = full_report(trained.model, test, PGD(stop.eps, steps=20, seed=seed), Gaussian(stop.eps, seed=seed),
-                         eps=[round(stop.eps * f, 4) for f in (0.25, 0.5, 0.75, 1, 1.5, 2)],
                          title=f'A tour of robustnb on {data}', show_progress=show_progress)
     about = f'{stop}, seed {seed}, {time.perf_counter() - start:.0f} seconds'
     report.sections[-1].words.append(f'tour: {about}')

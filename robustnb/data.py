@@ -74,7 +74,7 @@ class DataSet:
     "Labelled samples in memory. `data[17]` is one pair `(x, y)`; `data[rows]` is a smaller `DataSet`."
     x: Tensor  # samples; (n, *shape); float32
     y: Tensor  # labels; (n,); int64
-    classes: tuple[str, ...]  # names of the classes
+    classes: tuple[str, ...] = ()  # names of the classes, as far as they are known
     name: str = 'arrays'  # for titles and tables
     bounds: tuple[float, float] | None = (0, 1)  # smallest and largest possible value; None: unbounded
     ids: Tensor | None = None  # what each sample is called, whatever its place; (n,) int64; default: 0, 1, 2, ...

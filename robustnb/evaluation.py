@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attacks import Perturbation, named, perturb, predictions
 from .data import batches, bounds_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, logits_of, match_dtype, untouched
+from .guard import Logits, check_labels, logits_of, match_dtype, untouched
 from .plots import curves
 from .results import Result
 from .stats import wilson
@@ -44,7 +44,7 @@ def accuracy(
     "Share of the samples that `model` classifies correctly."
     device, correct, seen = device_of(model), 0, 0
     for x, y, _ in batches(data, batch_size, device):
-        correct = correct + (predict(model, x, logits) == y).sum()
+        correct = correct + (predict(model, x, logits) == check_labels(y, len(x))).sum()
         seen += len(x)
         sync(device)
     if not seen:
@@ -59,7 +59,7 @@ def _cases(attacks: dict[str, Callable], eps: Sequence[float] | None) -> list[tu
         if eps is None:
             cases.append((name, getattr(attack, 'strength', np.nan), attack))
         elif isinstance(attack, Perturbation):
-            cases += [(name, e, attack.at(e)) for e in sorted(set(map(float, eps))) if e != 0]
+            cases += [(name, e, attack.at(e)) for e in sorted(set(eps)) if e != 0]
         else:
             raise ValueError(f'{name} is a plain function, so its strength cannot be set; leave eps out, or wrap each '
                              'strength as a function of its own')
@@ -105,7 +105,7 @@ def evaluate(
     model: nn.Module,  # a classifier; comes back as it was
     data,  # a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
     attacks,  # perturbations or functions (model, x, y) -> x_pert: one, a list, or a dictionary name -> perturbation
-    eps: Sequence[float] | None = None,  # strengths for every attack, in the input's units; None for each one's own
+    eps: float | Sequence[float] | None = None,  # strengths for all attacks, in the input's units; None for each one's own
     batch_size: int = 256,  # samples per step
     logits: str | int | Callable | None = None,  # where the logits are in the model's output, see `logits_of`
     show_progress: bool = True,  # one bar over the batches
@@ -113,10 +113,12 @@ def evaluate(
     "Accuracy of `model` on clean data and under each attack at each strength."
     model = model if logits is None else Logits(model, logits)
     attacks = named(attacks, bounds_of(data))
+    eps = None if eps is None else np.atleast_1d(eps).astype(float).tolist()
     cases = _cases(attacks, eps)
     labels, correct, loop = [], [], batches(data, batch_size, device_of(model))
     try:
         for x, y, ids in progress(loop, 'evaluate', steps_of(data, batch_size), show_progress):
+            y = check_labels(y, len(x))
             right = torch.stack([_correct(model, x, y, ids, attack) for _, _, attack in cases])
             correct.append(right.cpu().numpy())
             labels.append(y.cpu().numpy())
@@ -125,7 +127,7 @@ def evaluate(
     if not labels:
         raise ValueError('the data are empty, so there is nothing to evaluate')
     settings = {'attacks': {name: repr(attack) for name, attack in attacks.items()},
-                'eps': None if eps is None else [float(e) for e in eps]}
+                'eps': eps}
     return _evaluation(cases, np.concatenate(correct, axis=1), np.concatenate(labels), settings)
 
 # %% ../nbs/21_evaluation.ipynb #9b371419

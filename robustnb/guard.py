@@ -258,7 +258,7 @@ def check_inputs(
         raise ValueError(
             f'inputs lie in [{low:.3g}, {high:.3g}], outside the bounds {tuple(bounds)}. If they are normalised, give '
             'images in [0, 1] and put the normalisation inside: Normalized(model, mean, std). If this is their natural '
-            'range, pass bounds= (or None)')
+            'range, say so: PGD(bounds=...) or DataSet(x, y, bounds=...), None for unbounded')
     return x
 
 # %% ../nbs/03_guard.ipynb #0ca1a4ba

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attacks import Perturbation, named, perturb, predictions
 from .data import batches, bounds_of, class_name, classes_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, logits_of, match_dtype, untouched
+from .guard import Logits, check_labels, logits_of, match_dtype, untouched
 from .measures import Measure, as_measure, relative_error
 from .plots import curves, feature_maps, image_strip, stack
 from .probes import Probe
@@ -204,6 +204,8 @@ def layer_sustainability(
     parts, labels, numbers, loop = [], [], [], batches(data, batch_size, device_of(model))
     try:
         for x, y, ids in progress(loop, 'layer sustainability', steps_of(data, batch_size), show_progress):
+            if len(y) != len(x) or y.dim() != 1:
+                check_labels(y, len(x))
             versions = [x, *(perturb(p, model, x, y, ids) for p in perturbations.values())]
             parts += _in_pieces(model, versions, where, [measure], batch_size)
             labels.append(y.cpu().numpy())
@@ -267,7 +269,8 @@ def _topk(values: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray, str]:
     "Scores, choice and words of the rule that takes the k largest means, for values (layer, sample)."
     score = _finite_mean(values)
     order = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind='stable')
-    return score, np.isin(np.arange(len(score)), order[:k]) & np.isfinite(score), f'among the {k} largest means'
+    words = 'the largest mean' if k == 1 else f'among the {k} largest means'
+    return score, np.isin(np.arange(len(score)), order[:k]) & np.isfinite(score), words
 
 # %% ../nbs/30_lsa.ipynb #76a10945
 # name -> function (values (layer, sample), **settings) -> (scores (layer,), chosen (layer,), what the rule says in words)
@@ -293,7 +296,8 @@ def _most_vulnerable(result: LayerSustainability, rule: str, perturbation, setti
     "Apply a rule to the values of the chosen perturbations."
     import pandas as pd
     if rule not in RULES:
-        raise KeyError(f'no rule {rule!r}; there are {", ".join(RULES)}')
+        hint = f'; did you mean perturbation={rule!r}?' if rule in result.perturbations else ''
+        raise KeyError(f'no rule {rule!r}; there are {", ".join(RULES)}{hint}')
     chosen_names = result.perturbations if perturbation is None else np.atleast_1d(perturbation).tolist()
     if unknown := set(chosen_names) - set(result.perturbations):
         raise KeyError(f'no perturbation {unknown.pop()!r}; there are {", ".join(result.perturbations)}')
@@ -366,7 +370,7 @@ def _as_maps(rep: Tensor) -> Tensor:
 def _make_bundle(model: nn.Module, data, perturbations: dict, factors: list[float], measures: Sequence[str], where,
                  samples: int, show_progress: bool) -> _Bundle:
     "Perturb and compare the first samples at every strength, all measures in one pass."
-    measures = [as_measure(m) for m in measures]
+    measures = [as_measure(m) for m in ([measures] if isinstance(measures, str) else measures)]
     if streamed := [m.name for m in measures if m.stream]:
         raise ValueError(f'{", ".join(streamed)} has no value per sample, which the explorer shows; choose other measures')
     chunks = list(batches(data, 64, device_of(model), limit=samples))
@@ -444,7 +448,7 @@ def explore(
     data,  # images: a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
     perturbations,  # perturbations or functions (model, x, y) -> x_pert: one, a list, or a dictionary by name
     factors: Sequence[float] = (0.25, 0.5, 0.75, 1.0, 1.25),  # strengths, as factors of each one's own
-    measures: Sequence[str] = ('relative_error', 'cosine_distance'),  # names of sample measures
+    measures: str | Sequence[str] = ('relative_error', 'cosine_distance'),  # names of sample measures
     where='activations',  # which layers, see `select`
     samples: int = 100,  # how many samples from the start of the data
     top: int = 6,  # how many channels of each feature map

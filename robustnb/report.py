@@ -8,7 +8,7 @@ __all__ = ['Section', 'Report', 'full_report']
 # %% ../nbs/70_report.ipynb #b4f9d1b9
 import html
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,8 +147,10 @@ def _profile_words(result: LayerSustainability, attack: str, noise: str) -> list
         f'The most vulnerable layer under {attack} is {layer}: {profile[attack, layer]:.2f}, against '
         f'{profile[noise, layer]:.2f} under {noise}. At the input the two change the images by {change[attack]} and '
         f'{change[noise]} of their length.',
-        f'The published joint rule with eta = 1 names {", ".join(joint.layers) or "no layer"} ({joint.reason}).',
-        *(f'{name} changes {share:.0%} of the predictions.' for name, share in sizes.flipped.dropna().items()),
+        f'By the rule of the original paper, with its constant at 1, {", ".join(joint.layers) or "no layer"} stands out: '
+        f'{joint.reason}.',
+        'Share of the predictions that change, at the strengths of this figure: '
+        + ', '.join(f'{name} {share:.0%}' for name, share in sizes.flipped.dropna().items()) + '.',
     ]
 
 # %% ../nbs/70_report.ipynb #3949d8e0
@@ -166,7 +168,12 @@ def _image_section(model: nn.Module, data, perturbations: dict[str, Callable], s
                    image_strip(rows, titles=titles), 'Images, clean and perturbed, with the class that is read')
 
 # %% ../nbs/70_report.ipynb #344dafa1
-def _with_company(noise, attack) -> dict[str, Perturbation]:
+def _walks_once(data) -> bool:
+    "Whether `data` is a generator, which is used up after one walk."
+    return isinstance(data, Iterator)
+
+# %% ../nbs/70_report.ipynb #3ed8ae3f
+def _with_company(noise, attack, bounds: tuple[float, float] | None) -> dict[str, Perturbation]:
     "The noise and the attack by name, first, and beside them FGSM and salt and pepper where they are not there already."
     for p in (noise, attack):
         if not isinstance(p, Perturbation):
@@ -174,15 +181,18 @@ def _with_company(noise, attack) -> dict[str, Perturbation]:
     found = {noise.name: noise, attack.name: attack}
     if len(found) < 2:
         raise ValueError(f'a report compares two perturbations, got {noise.name} twice')
-    return found | {p.name: p for p in (FGSM(attack.strength), SaltPepper(0.05)) if p.name not in found}
+    company = [FGSM(attack.strength, bounds=attack.bounds)]
+    if bounds is not None and attack.bounds is not None:  # salt is the upper end of the range
+        company.append(SaltPepper(0.05))
+    return found | {p.name: p for p in company if p.name not in found}
 
-# %% ../nbs/70_report.ipynb #3ed8ae3f
+# %% ../nbs/70_report.ipynb #88ea5a0b
 def full_report(
     model: nn.Module,  # a classifier; comes back as it was
     data,  # test data: a `DataSet`, a pair (x, y), or a data loader; walked over several times
     attack=PGD(eps=0.1, steps=20),  # the attack that the layers are asked about
     noise=Gaussian(std=0.1),  # the noise to compare it with
-    eps: Sequence[float] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),  # strengths of the accuracy curves, in the input's units
+    eps: Sequence[float] | None = None,  # strengths of the accuracy curves; None for 1/4 to 2 times that of `attack`
     where='activations',  # which layers, see `select`
     logits: str | int | Callable | None = None,  # where the logits are in the model's output, see `logits_of`
     title: str = 'Robustness report',  # heading of the page
@@ -190,7 +200,10 @@ def full_report(
 ) -> Report:
     "Accuracy over strengths, perturbed images, and the layer profile of `model`, on one page with words."
     model = model if logits is None else Logits(model, logits)
-    several = named(_with_company(noise, attack), bounds_of(data))
+    if _walks_once(data):
+        raise TypeError('a report walks over the data several times; pass a DataSet, a pair (x, y), a list or a loader')
+    several = named(_with_company(noise, attack, bounds_of(data)), bounds_of(data))
+    eps = [round(attack.strength * f, 6) for f in (0.25, 0.5, 0.75, 1, 1.5, 2)] if eps is None else eps
     noise_name, attack_name, *_ = several
     accuracy = evaluate(model, data, several, eps, show_progress=show_progress)
     profile = layer_sustainability(model, data, several, where, show_progress=show_progress)

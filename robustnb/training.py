@@ -126,6 +126,8 @@ def _stepper(model: nn.Module, objective, optimizer: Callable, bar) -> Callable[
     "A function that takes one gradient step on a batch and returns its loss."
     frozen = [m for m in model.modules() if not m.training] if model.training else []
     loss_of, after_step = getattr(objective, 'loss', objective), getattr(objective, 'after_step', None)
+    if not callable(loss_of) or isinstance(objective, type):
+        raise TypeError(f'an objective is an object such as Standard() or a function (model, batch, step), got {objective!r}')
     getattr(objective, 'setup', lambda model: None)(model)
     optimizer, counter = optimizer(model.parameters()), itertools.count()
 
@@ -134,6 +136,8 @@ def _stepper(model: nn.Module, objective, optimizer: Callable, bar) -> Callable[
         for module in frozen:
             module.training = False
         loss = loss_of(model, batch, next(counter))
+        if loss.dim():
+            raise ValueError(f'an objective returns one number, got shape {tuple(loss.shape)}; take the mean')
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
