@@ -83,7 +83,7 @@ class Fit:
         "Loss per epoch, and accuracy on the validation data if there were any."
         history = self.table()
         lines = {column: history[column] for column in ('loss', 'accuracy') if column in history}
-        return curves(history.epoch, lines, xlabel='epoch', ylabel='value', title=title)
+        return curves([str(e) for e in history.epoch], lines, xlabel='epoch', ylabel='loss, and accuracy', title=title)
 
     def __repr__(self) -> str:
         last = ', '.join(f'{k} {v:.4g}' for k, v in self.history[-1].items()) if self.history else 'no epoch finished'

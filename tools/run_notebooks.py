@@ -22,6 +22,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbdev.clean import nbdev_clean
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that spin while they wait slow down everybody on a busy machine
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / 'nbs'
 KERNEL = 'python3'
