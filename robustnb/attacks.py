@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -362,24 +361,29 @@ def perturb(
     return check_inputs(x_pert, bounds=None)
 
 # %% ../nbs/20_attacks.ipynb #1fe5e1ad
+def _names(several: list) -> list[str]:
+    "Names of perturbations and functions, told apart by strength where they would be equal."
+    names = [getattr(p, 'name', getattr(p, '__name__', type(p).__name__)) for p in several]
+    if len(set(names)) < len(names):
+        names = [f'{name} {p.strength:g}' if isinstance(p, Perturbation) else name
+                 for name, p in zip(names, several, strict=True)]
+    if len(set(names)) < len(names):
+        raise ValueError(f'some names are equal: {", ".join(names)}; pass a dictionary name -> perturbation')
+    return names
+
+# %% ../nbs/20_attacks.ipynb #13b54418
 def named(
     perturbations,  # one perturbation or function, a list of them, or a dictionary name -> perturbation
     bounds: tuple[float, float] | None = (0.0, 1.0),  # of the data set, for perturbations that were left at (0, 1)
 ) -> dict[str, Callable]:  # name -> perturbation
     "Perturbations by name: names from a dictionary are kept, others are made and told apart by strength."
-    for p in perturbations.values() if isinstance(perturbations, Mapping) else np.atleast_1d(np.array(perturbations, object)):
-        if not callable(p) or isinstance(p, type):
-            raise TypeError(f'a perturbation is an object such as PGD(0.1) or a function (model, x, y) -> x_pert, got {p!r}')
     if not isinstance(perturbations, Mapping):
-        several = perturbations if isinstance(perturbations, list | tuple) else [perturbations]
-        names = [getattr(p, 'name', getattr(p, '__name__', type(p).__name__)) for p in several]
-        if len(set(names)) < len(names):
-            names = [f'{name} {p.strength:g}' if isinstance(p, Perturbation) else name
-                     for name, p in zip(names, several, strict=True)]
-        if len(set(names)) < len(names):
-            raise ValueError(f'some names are equal: {", ".join(names)}; pass a dictionary name -> perturbation')
-        perturbations = dict(zip(names, several, strict=True))
+        several = list(perturbations) if isinstance(perturbations, list | tuple) else [perturbations]
+        perturbations = dict(zip(_names(several), several, strict=True))
     if not perturbations or 'clean' in perturbations:
         raise ValueError("give at least one perturbation, and none of the name 'clean'")
-    at_default = {name for name, p in perturbations.items() if isinstance(p, Perturbation) and p.bounds == (0.0, 1.0)}
-    return {name: replace(p, bounds=bounds) if name in at_default else p for name, p in perturbations.items()}
+    for p in perturbations.values():
+        if not callable(p) or isinstance(p, type):
+            raise TypeError(f'a perturbation is an object such as PGD(0.1) or a function (model, x, y), got {p!r}')
+    left = {name for name, p in perturbations.items() if isinstance(p, Perturbation) and p.bounds == (0.0, 1.0)}
+    return {name: replace(p, bounds=bounds) if name in left else p for name, p in perturbations.items()}
