@@ -156,8 +156,8 @@ def _flipped(dataset) -> np.ndarray:
     "Share of the predictions that changed, for each perturbation; nan if the network does not classify."
     before = dataset['clean_prediction'].values
     known = before >= 0
-    return ((dataset['prediction'].values != before) & known).sum(1) / known.sum() if known.any() else np.full(
-        dataset.sizes['perturbation'], np.nan)
+    changed = (dataset['prediction'].values != before) & known
+    return changed.sum(1) / known.sum() if known.any() else np.full(len(changed), np.nan)
 
 def _profile(result: LayerSustainability, perturbation: str):
     "The rows of `table` for one perturbation."
@@ -204,7 +204,7 @@ def layer_sustainability(
     parts, labels, numbers, loop = [], [], [], batches(data, batch_size, device_of(model))
     try:
         for x, y, ids in progress(loop, 'layer sustainability', steps_of(data, batch_size), show_progress):
-            if len(y) != len(x) or y.dim() != 1:
+            if y.shape != (len(x),):  # the targets of a regression pass: labels are only kept here
                 check_labels(y, len(x))
             versions = [x, *(perturb(p, model, x, y, ids) for p in perturbations.values())]
             parts += _in_pieces(model, versions, where, [measure], batch_size)

@@ -167,11 +167,6 @@ def _image_section(model: nn.Module, data, perturbations: dict[str, Callable], s
     return Section('What it looks like', [f'Above each image stands what the network reads. Wrong readings: {wrong}.'],
                    image_strip(rows, titles=titles), 'Images, clean and perturbed, with the class that is read')
 
-# %% ../nbs/70_report.ipynb #344dafa1
-def _walks_once(data) -> bool:
-    "Whether `data` is a generator, which is used up after one walk."
-    return isinstance(data, Iterator)
-
 # %% ../nbs/70_report.ipynb #3ed8ae3f
 def _with_company(noise, attack, bounds: tuple[float, float] | None) -> dict[str, Perturbation]:
     "The noise and the attack by name, first, and beside them FGSM and salt and pepper where they are not there already."
@@ -200,7 +195,7 @@ def full_report(
 ) -> Report:
     "Accuracy over strengths, perturbed images, and the layer profile of `model`, on one page with words."
     model = model if logits is None else Logits(model, logits)
-    if _walks_once(data):
+    if isinstance(data, Iterator):  # used up after one walk
         raise TypeError('a report walks over the data several times; pass a DataSet, a pair (x, y), a list or a loader')
     several = named(_with_company(noise, attack, bounds_of(data)), bounds_of(data))
     eps = [round(attack.strength * f, 6) for f in (0.25, 0.5, 0.75, 1, 1.5, 2)] if eps is None else eps

@@ -109,7 +109,8 @@ def fit(
         step = _stepper(result.model, objective, optimizer, bar)
         try:
             for epoch in range(epochs):
-                start, order = time.perf_counter(), seed * 1_000_003 + epoch if can_shuffle(data) else None
+                start = time.perf_counter()
+                order = seed * 1_000_003 + epoch if can_shuffle(data) else None
                 loop = batches(data, batch_size, device_of(model), shuffle=order)
                 entry = {'epoch': epoch + 1, 'loss': _epoch(loop, step)}
                 if valid is not None:
@@ -128,13 +129,13 @@ def _stepper(model: nn.Module, objective, optimizer: Callable, bar) -> Callable[
     loss_of, after_step = getattr(objective, 'loss', objective), getattr(objective, 'after_step', None)
     if not callable(loss_of) or isinstance(objective, type):
         raise TypeError(f'an objective is an object such as Standard() or a function (model, batch, step), got {objective!r}')
+    model.train()
+    for module in frozen:
+        module.training = False
     getattr(objective, 'setup', lambda model: None)(model)
     optimizer, counter = optimizer(model.parameters()), itertools.count()
 
     def step(batch: Batch) -> Tensor:
-        model.train()
-        for module in frozen:
-            module.training = False
         loss = loss_of(model, batch, next(counter))
         if loss.dim():
             raise ValueError(f'an objective returns one number, got shape {tuple(loss.shape)}; take the mean')
