@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .attacks import PGD, Gaussian
+from .attacks import PGD
 from .data import load_data
 from .devices import env, pick_device
 from .models import build
+from .noises import Gaussian
 from .report import Report, full_report
 from .training import fit
 

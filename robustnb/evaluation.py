@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attacks import Perturbation, named, perturb, predictions
+from .attacks import predictions
 from .data import batches, bounds_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, check_labels, logits_of, match_dtype, untouched
+from .guard import Logits, check_inputs, check_labels, logits_of, match_dtype, untouched
+from .noises import Perturbation, named, perturb
 from .plots import curves
 from .results import Result
 from .stats import wilson
@@ -31,10 +32,24 @@ def predict(
     logits: str | int | Callable | None = None,  # where the logits are in the model's output, see `logits_of`
 ) -> Tensor:  # (batch,) int64
     "The class that `model` predicts for each sample."
+    return predictions(_logits(model, x, logits))
+
+def _logits(model: nn.Module, x: Tensor, logits=None) -> Tensor:
+    "The logits of a batch whose values are finite."
+    if x.is_floating_point():
+        check_inputs(x, bounds=None)
     with untouched(model), torch.no_grad():
-        return predictions(logits_of(model(match_dtype(x, model)), logits))
+        return logits_of(model(match_dtype(x, model)), logits)
 
 # %% ../nbs/21_evaluation.ipynb #6fb18c5b
+def _right(model: nn.Module, x: Tensor, y: Tensor, logits=None) -> Tensor:
+    "Whether each sample is classified correctly, (batch,)."
+    y = check_labels(y, len(x))
+    found = _logits(model, x, logits)
+    classes = found.shape[1] if found.dim() == 2 and found.shape[1] > 1 else 2  # a single logit stands for two classes
+    return predictions(found) == check_labels(y, len(x), classes)
+
+# %% ../nbs/21_evaluation.ipynb #75026fcd
 def accuracy(
     model: nn.Module,  # a classifier; comes back as it was
     data,  # a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
@@ -44,7 +59,7 @@ def accuracy(
     "Share of the samples that `model` classifies correctly."
     device, correct, seen = device_of(model), 0, 0
     for x, y, _ in batches(data, batch_size, device):
-        correct = correct + (predict(model, x, logits) == check_labels(y, len(x))).sum()
+        correct = correct + _right(model, x, y, logits).sum()
         seen += len(x)
         sync(device)
     if not seen:
@@ -90,7 +105,7 @@ class Evaluation(Result):
         if table.eps.notna().all() and len({tuple(rows.eps) for rows in attacked.values()}) == 1:
             lines = {name: _with_start(clean, rows) for name, rows in attacked.items()}
             strengths = next(iter(attacked.values())).eps
-            return curves(np.r_[0, strengths], lines, xlabel="strength, in the input's units", **look)
+            return curves(np.r_[0, strengths], lines, xlabel='strength', **look)
         cases = [name if np.isnan(eps) or name == 'clean' else f'{name} {eps:g}'
                  for name, eps in zip(table.attack, table.eps, strict=True)]
         return curves(cases, {'accuracy': (table.accuracy, table.low, table.high)}, xlabel='', **look)
@@ -135,7 +150,7 @@ def _correct(model: nn.Module, x, y, ids, attack: Callable | None) -> torch.Tens
     "Whether each sample is classified correctly after `attack`, (batch,)."
     if attack is not None:
         x = perturb(attack, model, x, y, ids)
-    right = predict(model, x) == y
+    right = _right(model, x, y)
     sync(x.device)
     return right
 

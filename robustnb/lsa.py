@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attacks import Perturbation, named, perturb, predictions
+from .attacks import predictions
 from .data import batches, bounds_of, class_name, classes_of, steps_of
 from .devices import device_of, progress, sync
 from .guard import Logits, check_labels, logits_of, match_dtype, untouched
-from .measures import Measure, as_measure, relative_error
+from .measures import Measure, as_measure, block_gain, change_norm, lipschitz_ratio, relative_error
+from .noises import Perturbation, named, perturb
 from .plots import curves, feature_maps, image_strip, stack
 from .probes import Probe
 from .results import Result
@@ -67,7 +68,8 @@ def _compare_batch(model: nn.Module, versions: Sequence[Tensor], where, measures
         'values': {name: [v if m.stream else v.float().cpu().numpy() for m, v in zip(measures, kept, strict=True)]
                    for name, kept in probe.items()},
         'prediction': _predicted(output, len(stacked)).reshape(len(versions), -1),
-        'input_change': torch.stack([relative_error(clean, p) for p in perts]).cpu().numpy(),
+        'input_change': torch.stack([relative_error(clean, p) for p in perts]).float().cpu().numpy(),
+        'input_size': torch.stack([change_norm(clean, p) for p in perts]).float().cpu().numpy(),
     }
 
 # %% ../nbs/30_lsa.ipynb #4f418594
@@ -81,29 +83,50 @@ def _predicted(output, rows: int) -> np.ndarray:
     return predictions(logits).cpu().numpy() if classifies else np.full(rows, -1)
 
 # %% ../nbs/30_lsa.ipynb #2d9d3238
-def _in_pieces(model: nn.Module, versions: Sequence[Tensor], where, measures: Sequence[Measure],
-               rows: int) -> list[dict]:
-    "Compare a batch in pieces: about `rows` stacked samples go through the network at once."
-    piece = max(1, rows // len(versions))
-    with untouched(model):
-        return [_compare_batch(model, part, where, measures)
-                for part in zip(*(v.split(piece) for v in versions), strict=True)]
+class _Collected:
+    "What the batches of a data set leave behind; the last measure is always the length of the change."
 
-# %% ../nbs/30_lsa.ipynb #44038050
-def _join(parts: Sequence[dict], measure: Measure, number: int) -> tuple[list[str], np.ndarray]:
-    "Layer names, and the values of measure `number`: (layer, perturbation, sample) or (layer, perturbation)."
-    layers = list(parts[0]['values'])
-    if any(list(part['values']) != layers for part in parts):
-        raise ValueError('the network ran other layers for other samples, so there is no common profile; choose layers '
-                         'that always run with where=')
-    columns = [[part['values'][layer][number] for part in parts] for layer in layers]
-    if not measure.stream:
-        return layers, np.stack([np.concatenate(column, axis=1) for column in columns])
-    for first, *rest in columns:
-        for later in rest:
-            for whole, more in zip(first, later, strict=True):
-                whole.merge(more)
-    return layers, np.array([[float(a.compute()) for a in first] for first, *_ in columns])
+    def __init__(self, measures: Sequence[Measure]):
+        self.measures, self.parts = [*measures, Measure('size', change_norm)], []
+
+    def compare(self, model: nn.Module, versions: Sequence[Tensor], where, rows: int) -> None:
+        "Compare a batch in pieces: about `rows` stacked samples go through the network at once."
+        piece = max(1, rows // len(versions))
+        with untouched(model):
+            for part in zip(*(v.split(piece) for v in versions), strict=True):
+                self.add(_compare_batch(model, part, where, self.measures))
+
+    def add(self, part: dict) -> None:
+        first = self.parts[0]['values'] if self.parts else part['values']
+        if list(part['values']) != list(first):
+            raise ValueError('the network ran other layers for other samples, so there is no common profile; choose '
+                             'layers that always run with where=')
+        if self.parts:
+            self.merge(first, part['values'])
+        self.parts.append(part)
+
+    def merge(self, first: dict, later: dict) -> None:
+        "Let the accumulators of the first part take over those of a later one."
+        for number, measure in enumerate(self.measures):
+            for layer in first if measure.stream else ():
+                for whole, more in zip(first[layer][number], later[layer][number], strict=True):
+                    whole.merge(more)
+                later[layer][number] = None
+
+    @property
+    def layers(self) -> list[str]:
+        return list(self.parts[0]['values'])
+
+    def values(self, number: int) -> np.ndarray:
+        "The values of one measure: (layer, perturbation, sample), or (layer, perturbation) of a stream measure."
+        columns = [[part['values'][layer][number] for part in self.parts] for layer in self.layers]
+        if self.measures[number].stream:
+            return np.array([[float(a.compute()) for a in first] for first, *_ in columns])
+        return np.stack([np.concatenate(column, axis=1) for column in columns])
+
+    def column(self, name: str) -> np.ndarray:
+        "What all parts hold under `name`, (perturbation or version, sample)."
+        return np.concatenate([part[name] for part in self.parts], axis=1)
 
 # %% ../nbs/30_lsa.ipynb #055fd596
 class LayerSustainability(Result):
@@ -121,7 +144,7 @@ class LayerSustainability(Result):
         return self.dataset['perturbation'].values.tolist()
 
     def table(self):
-        "One row per perturbation and layer: mean with its 95 % interval (low, high), n samples, undefined ones among them."
+        "One row per perturbation and layer: mean with 95 % interval, samples, undefined ones, block gain, Lipschitz ratio."
         import pandas as pd
         return pd.concat([_profile(self, p) for p in self.perturbations], ignore_index=True)
 
@@ -159,6 +182,7 @@ def _flipped(dataset) -> np.ndarray:
     changed = (dataset['prediction'].values != before) & known
     return changed.sum(1) / known.sum() if known.any() else np.full(len(changed), np.nan)
 
+# %% ../nbs/30_lsa.ipynb #3e1e3769
 def _profile(result: LayerSustainability, perturbation: str):
     "The rows of `table` for one perturbation."
     import pandas as pd
@@ -170,7 +194,20 @@ def _profile(result: LayerSustainability, perturbation: str):
         mean, low, high = bootstrap_mean(values.T)
         undefined = (~np.isfinite(values)).sum(1)
     return pd.DataFrame({'perturbation': perturbation, 'layer': result.layers, 'mean': mean, 'low': low, 'high': high,
-                         'n': result.dataset.sizes['sample'], 'undefined': undefined})
+                         'n': result.dataset.sizes['sample'], 'undefined': undefined} | _derived(result, perturbation, mean))
+
+def _derived(result: LayerSustainability, perturbation: str, profile: np.ndarray) -> dict[str, np.ndarray]:
+    "The columns that follow from a profile: `gain` and `lipschitz`."
+    data = result.dataset.sel(perturbation=perturbation)
+    relative = result.settings['measure'] == 'relative_error'  # the only one that is known at the input
+    gain = block_gain(_damage(result, profile), first=_finite_mean(data['input_change'].values) if relative else None)
+    ratios = lipschitz_ratio(data['size'].values, data['input_size'].values).numpy()
+    return {'gain': gain.numpy(), 'lipschitz': np.where(np.isfinite(ratios), ratios, 0).max(-1)}
+
+# %% ../nbs/30_lsa.ipynb #0cb9ef22
+def _damage(result: LayerSustainability, values: np.ndarray) -> np.ndarray:
+    "Values of the measure, turned so that larger means more damage."
+    return np.abs(1 - values) if result.settings['similarity'] else values
 
 # %% ../nbs/30_lsa.ipynb #01612647
 def _profile_figure(result: LayerSustainability, title: str):
@@ -201,13 +238,13 @@ def layer_sustainability(
     """
     model = model if logits is None else Logits(model, logits)
     perturbations, measure = named(perturbations, bounds_of(data)), as_measure(measure)
-    parts, labels, numbers, loop = [], [], [], batches(data, batch_size, device_of(model))
+    found, labels, numbers, loop = _Collected([measure]), [], [], batches(data, batch_size, device_of(model))
     try:
         for x, y, ids in progress(loop, 'layer sustainability', steps_of(data, batch_size), show_progress):
             if y.shape != (len(x),):  # the targets of a regression pass: labels are only kept here
                 check_labels(y, len(x))
             versions = [x, *(perturb(p, model, x, y, ids) for p in perturbations.values())]
-            parts += _in_pieces(model, versions, where, [measure], batch_size)
+            found.compare(model, versions, where, batch_size)
             labels.append(y.cpu().numpy())
             numbers.append(ids.cpu().numpy())
     except KeyboardInterrupt:
@@ -215,24 +252,25 @@ def layer_sustainability(
     if not labels:
         raise ValueError('the data are empty, so there is nothing to compare')
     about = {'where': str(where), 'perturbations': {name: repr(p) for name, p in perturbations.items()}}
-    return _result(parts, measure, list(perturbations), np.concatenate(labels), np.concatenate(numbers), about)
+    return _result(found, list(perturbations), np.concatenate(labels), np.concatenate(numbers), about)
 
 # %% ../nbs/30_lsa.ipynb #af7af746
-def _result(parts, measure: Measure, names: list[str], labels, ids, about: dict, number: int = 0) -> LayerSustainability:
-    "The result for measure `number` of the compared parts of a data set."
+def _result(found: _Collected, names: list[str], labels, ids, about: dict, number: int = 0) -> LayerSustainability:
+    "The result for measure `number` of what was collected."
     import xarray as xr
-    layers, values = _join(parts, measure, number)
-    prediction = np.concatenate([part['prediction'] for part in parts], axis=1)
-    dims = ('layer', 'perturbation', 'sample')[:values.ndim]
+    values, prediction, measure = found.values(number), found.column('prediction'), found.measures[number]
+    dims, each = ('layer', 'perturbation', 'sample'), ('perturbation', 'sample')
     dataset = xr.Dataset(
-        {'value': (dims, values),
-         'input_change': (('perturbation', 'sample'), np.concatenate([p['input_change'] for p in parts], axis=1)),
-         'prediction': (('perturbation', 'sample'), prediction[1:]),
+        {'value': (dims[:values.ndim], values),
+         'size': (dims, found.values(-1)),
+         'input_change': (each, found.column('input_change')),
+         'input_size': (each, found.column('input_size')),
+         'prediction': (each, prediction[1:]),
          'clean_prediction': ('sample', prediction[0]),
          'label': ('sample', labels)},
-        {'layer': layers, 'perturbation': names, 'sample': ids},
+        {'layer': found.layers, 'perturbation': names, 'sample': ids},
     )
-    return LayerSustainability(dataset, {'measure': measure.name} | about)
+    return LayerSustainability(dataset, {'measure': measure.name, 'similarity': measure.similarity} | about)
 
 # %% ../nbs/30_lsa.ipynb #8664d058
 def compare(
@@ -253,9 +291,9 @@ def compare(
             raise ValueError(f'{name} has shape {tuple(pert.shape)}, the clean inputs have {tuple(x.shape)}')
     if not len(x) or not perts:
         raise ValueError('there is nothing to compare: the batch is empty, or no perturbed inputs were given')
-    parts = _in_pieces(model, [x, *others], where, [measure], batch_size)
-    unknown = np.full(len(x), -1)
-    return _result(parts, measure, list(perts), unknown, np.arange(len(x)), {'where': str(where)})
+    found, unknown = _Collected([measure]), np.full(len(x), -1)
+    found.compare(model, [x, *others], where, batch_size)
+    return _result(found, list(perts), unknown, np.arange(len(x)), {'where': str(where)})
 
 # %% ../nbs/30_lsa.ipynb #31a2fc77
 def _joint(values: np.ndarray, eta: float = 1.0) -> tuple[np.ndarray, np.ndarray, str]:
@@ -302,10 +340,10 @@ def _most_vulnerable(result: LayerSustainability, rule: str, perturbation, setti
     if unknown := set(chosen_names) - set(result.perturbations):
         raise KeyError(f'no perturbation {unknown.pop()!r}; there are {", ".join(result.perturbations)}')
     values = result.dataset['value'].sel(perturbation=chosen_names).values.reshape(len(result.layers), -1)
-    score, chosen, words = RULES[rule](values, **settings)
+    score, chosen, words = RULES[rule](_damage(result, values), **settings)
     ranking = pd.DataFrame({'layer': result.layers, 'mean': _finite_mean(values), 'score': score, 'chosen': chosen})
     ranking = ranking.sort_values('score', ascending=False, kind='stable', ignore_index=True)
-    reason = f'{words}, over {", ".join(chosen_names)}'
+    reason = f'{words}{" of 1 - value" if result.settings["similarity"] else ""}, over {", ".join(chosen_names)}'
     if not chosen.any():
         reason += f'; no layer is, the nearest is {ranking.layer[0]} with a score of {ranking.score[0]:.2f}'
     layers = [name for name, taken in zip(result.layers, chosen, strict=True) if taken]
@@ -337,9 +375,9 @@ class _Bundle:
         return np.arange(len(labels)) if label == 'all' else np.flatnonzero(labels == self.classes.index(label))
 
     def worst(self, f: int, p: int, measure: str, label: str, n: int = 1) -> np.ndarray:
-        "Rows of the `n` samples with the largest mean over the layers."
-        rows = self.samples(label)
-        values = _finite_mean(self.results[measure][f].dataset['value'].values[:, p, rows].T)
+        "Rows of the `n` samples with the most damage, as a mean over the layers."
+        rows, result = self.samples(label), self.results[measure][f]
+        values = _finite_mean(_damage(result, result.dataset['value'].values[:, p, rows].T))
         return rows[np.argsort(-np.nan_to_num(values), kind='stable')[:n]]
 
 # %% ../nbs/30_lsa.ipynb #663d39a8
@@ -378,14 +416,15 @@ def _make_bundle(model: nn.Module, data, perturbations: dict, factors: list[floa
         raise ValueError('the data are empty, so there is nothing to explore')
     x, y, ids = (torch.cat(column) for column in zip(*chunks, strict=True))
     results, x_perts = {m.name: [] for m in measures}, []
-    fixed = {name for name, p in perturbations.items() if not isinstance(p, Perturbation)}
+    fixed = {name for name, p in perturbations.items()
+             if not (isinstance(p, Perturbation) and np.isfinite(getattr(p, 'strength', np.nan)))}
     for factor in progress(factors, 'explorer', show=show_progress):
         scaled = [p if name in fixed else p.scaled(factor) for name, p in perturbations.items()]
         versions = [x, *(perturb(p, model, x, y, ids) for p in scaled)]
-        parts = _in_pieces(model, versions, where, measures, rows=128)
+        found = _Collected(measures)
+        found.compare(model, versions, where, rows=128)
         for number, m in enumerate(measures):
-            found = _result(parts, m, list(perturbations), y.cpu().numpy(), ids.cpu().numpy(), {}, number)
-            results[m.name].append(found)
+            results[m.name].append(_result(found, list(perturbations), y.cpu().numpy(), ids.cpu().numpy(), {}, number))
         x_perts.append(torch.stack(versions[1:]).half().cpu().numpy())
     names = classes_of(data) or tuple(map(str, range(int(y.max()) + 1)))
     return _Bundle(results, factors, list(names), x.half().cpu().numpy(), np.stack(x_perts), fixed)
@@ -436,10 +475,10 @@ def _describe(bundle: _Bundle, perturbation: str, strength: float, measure: str,
     mean, flipped = _finite_mean(data['value'].values[:, p, rows]), _flipped(data.isel(sample=rows))[p]
     if not np.isfinite(mean).any():
         return f'{who}: the {measure.replace("_", " ")} is undefined in every layer.'
-    top = int(np.nanargmax(mean))
+    top, extreme = int(np.nanargmax(_damage(result, mean))), 'smallest' if result.settings['similarity'] else 'largest'
     flips = '' if np.isnan(flipped) else f'{flipped:.0%} of the predictions change; '
     size = _finite_mean(data['input_change'].values[p, rows])
-    return (f'{who}: the {measure.replace("_", " ")} is largest in {result.layers[top]} ({mean[top]:.3f}); '
+    return (f'{who}: the {measure.replace("_", " ")} is {extreme} in {result.layers[top]} ({mean[top]:.3f}); '
             f'{flips}the input changes by {size:.2f} of its length.')
 
 # %% ../nbs/30_lsa.ipynb #026571f8

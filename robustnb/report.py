@@ -14,12 +14,13 @@ from pathlib import Path
 
 from torch import nn
 
-from .attacks import FGSM, PGD, Gaussian, Perturbation, SaltPepper, named, perturb
+from .attacks import FGSM, PGD
 from .data import batches, bounds_of, class_name, classes_of
 from .devices import device_of, env
 from .evaluation import Evaluation, evaluate, predict
 from .guard import Logits
 from .lsa import LayerSustainability, layer_sustainability
+from .noises import Gaussian, Perturbation, SaltPepper, named, perturb
 from .plots import html_image, image_strip
 from .results import provenance
 

@@ -15,16 +15,18 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
-from .attacks import LOSSES, PGD, Perturbation, perturb
+from .attacks import LOSSES, PGD
 from .data import Batch, asset, batches, cache_folder, can_shuffle, load_data, steps_of
 from .devices import device_of, progress, seeded, sync
 from .evaluation import accuracy
 from .guard import logits_of, match_dtype
-from .models import build, load_weights, save_weights
+from .models import MODELS, build, load, save
+from .noises import Perturbation, perturb
 from .plots import curves
 
 # %% ../nbs/22_training.ipynb #b837801b
@@ -194,19 +196,20 @@ def trained(
     if (kind, training) not in RECIPES:
         known = ', '.join(f'{data} {training}' for data, training in RECIPES)
         raise KeyError(f'no recipe for {training} training on {data}; there are: {known}')
-    size = {'size': int(data[6:] or 8)} if kind == name.split('_')[0] == 'digits' else {}
+    sized = kind == 'digits' and name in MODELS and 'size' in signature(MODELS[name]).parameters
+    size = {'size': int(data[6:] or 8)} if sized else {}
     recipe, stem = RECIPES[kind, training], f'{name}-{data}-{training}-{seed}'
     model, version = build(name, seed=seed, **size), zlib.crc32(repr(recipe).encode())  # another recipe, another file
     cached = cache_folder() / 'weights' / f'{stem}-{version:08x}.safetensors'
     try:
-        return load_weights(model, asset(f'{stem}.safetensors')).eval()
+        return load(model, asset(f'{stem}.safetensors')).eval()
     except FileNotFoundError:
         if cached.is_file():
-            return load_weights(model, cached).eval()
+            return load(model, cached).eval()
     result = fit(model, load_data(data, root).train, recipe.objective, recipe.epochs, recipe.batch_size,
                  partial(torch.optim.Adam, lr=recipe.lr), seed=seed, show_progress=show_progress)
     if result.interrupted:  # half a training must not be found in the cache tomorrow
         raise KeyboardInterrupt
     cached.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(result.model, cached, {'recipe': repr(recipe), 'data': data, 'seed': seed})
+    save(result.model, cached, {'recipe': repr(recipe), 'data': data, 'seed': seed})
     return result.model

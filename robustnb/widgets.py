@@ -6,6 +6,7 @@
 __all__ = ['Choice', 'Slider', 'Toggle', 'nbytes', 'Explorer']
 
 # %% ../nbs/12_widgets.ipynb #9e335182
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -140,13 +141,21 @@ def _control_widget(control: _Control, on_change: Callable):
     return widget
 
 # %% ../nbs/12_widgets.ipynb #ac84773c
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    "The event loop in which this code runs; a kernel has one, a plain script has none."
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+# %% ../nbs/12_widgets.ipynb #37e037cc
 class _View:
     "The widgets of an explorer: controls, picture and words."
 
     def __init__(self, explorer: 'Explorer'):
         import ipywidgets
-        self.explorer = explorer
-        self.controls = {name: _control_widget(c, explorer.update) for name, c in explorer.controls.items()}
+        self.explorer, self.timer = explorer, None  # the timer of a drawing that is still to come
+        self.controls = {name: _control_widget(c, self.moved) for name, c in explorer.controls.items()}
         self.picture = ipywidgets.Image(format='png', layout={'align_self': 'flex-start', 'max_width': '100%'})
         self.picture.add_class('rnb-picture')
         self.words = ipywidgets.HTML().add_class('rnb-words')
@@ -154,10 +163,24 @@ class _View:
         self.box = ipywidgets.VBox([ipywidgets.HTML(_headline(explorer)), bar, self.picture, self.words])
         self.box.layout.overflow = 'hidden'
         self.box.add_class('rnb-explorer')
-        self.show(explorer.state)
+        self.draw()
 
-    def show(self, state: dict) -> None:
-        "Move the controls to `state`, and draw it. They report back, and find that nothing has changed."
+    def moved(self, **changes) -> None:
+        "A hand has moved a control."
+        self.explorer._set(changes, self.explorer.wait)
+
+    def show(self, wait: float) -> None:
+        "Draw in `wait` seconds, unless it is asked for again before; at once where no event loop runs."
+        if self.timer is not None:
+            self.timer.cancel()
+        loop = _running_loop() if wait else None
+        self.timer = loop and loop.call_later(wait, self.draw)
+        if loop is None:
+            self.draw()
+
+    def draw(self) -> None:
+        "Move the controls to the state, and draw it. They report back, and find that nothing has changed."
+        self.timer, state = None, self.explorer.state
         for name, widget in self.controls.items():
             widget.value = type(widget.value)(self.explorer.controls[name].position(state[name]))
         try:
@@ -170,7 +193,7 @@ class _View:
             self.picture.layout.visibility = 'visible'
             self.picture.value, self.words.value = picture, words
 
-# %% ../nbs/12_widgets.ipynb #37e037cc
+# %% ../nbs/12_widgets.ipynb #0ea88bcb
 def _headline(explorer: 'Explorer') -> str:
     "The title and the size of the bundle, as HTML."
     size, unit = explorer.bundle_bytes / 1e6, 'MB'
@@ -178,6 +201,12 @@ def _headline(explorer: 'Explorer') -> str:
         size, unit = size * 1000, 'kB'
     weight = f'<span style="opacity: 0.6">{size:.3g} {unit} in memory</span>' if size else ''
     return f'<b>{escape(explorer.title)}</b> {weight}'
+
+def _check_wait(wait: float) -> float:
+    "`wait`, or an error."
+    if not 0 <= wait < math.inf:
+        raise ValueError(f'`wait` is a number of seconds, 0 to draw at once; got {wait!r}')
+    return wait
 
 def _check_size(size: int) -> int:
     "`size`, or an error that says what to reduce."
@@ -214,9 +243,11 @@ class Explorer:
         describe: Callable[..., Any] | None = None,  # state -> words (escaped), or an object with an HTML form
         title: str = '',  # a headline
         bundle_bytes: int = 0,  # size of the arrays that `draw` slices (see `nbytes`); shown, above 20 MB refused
+        wait: float = 0.15,  # seconds without a move before a hand's moves are drawn; 0 draws each of them
     ):
         self.controls, self.title, self.bundle_bytes = _by_name(controls), title, _check_size(bundle_bytes)
         self.draw, self.describe = draw, describe or (lambda **state: '')
+        self.wait = _check_wait(wait)
         self._state = {name: control.start for name, control in self.controls.items()}
         self._view = None  # the widgets, once somebody looks
 
@@ -226,12 +257,13 @@ class Explorer:
         return dict(self._state)
 
     def update(self, **state) -> None:
-        "Set some controls and redraw, once, if anything has changed; controls that are not named stay."
-        new = _changed(self.controls, self._state, state)
-        if new != self._state:
-            self._state = new
-            if self._view is not None:
-                self._view.show(new)
+        "Set some controls and redraw, at once and once, if anything has changed; controls that are not named stay."
+        self._set(state, wait=0)
+
+    def _set(self, changes: Mapping[str, Any], wait: float) -> None:
+        old, self._state = self._state, _changed(self.controls, self._state, changes)
+        if self._view is not None and (self._state != old or self._view.timer is not None):
+            self._view.show(wait)
 
     def static(self, **state) -> Figure:
         "The figure of the present state, with `state` changed for this figure only; needs no ipywidgets."

@@ -130,6 +130,18 @@ class Page:
         while settled != (settled := (self.picture(), self.words())):
             time.sleep(1)
 
+    def count_pictures(self) -> None:
+        "From now on, count the pictures that come."
+        script = """
+            window.pictures = 0
+            new MutationObserver(changes => { window.pictures += changes.length })
+                .observe(arguments[0], {attributes: true, attributeFilter: ['src']})"""
+        self.driver.execute_script(script, self.find('img.rnb-picture'))
+
+    def pictures(self) -> int:
+        "How many pictures have come."
+        return self.driver.execute_script('return window.pictures')
+
     def press(self, control: str, key: str, times: int = 1) -> None:
         "Give a slider the focus and press a key, by its name in `Keys`, some times."
         from selenium.webdriver.common.keys import Keys
@@ -182,7 +194,11 @@ def test_widgets_notebook(drive, root):
     assert 'Noise up to 0:' in page.words() and 'Right.' in page.words()
     assert page.picture_size() == (600, 240)
 
-    page.press('noise', 'ARROW_RIGHT', times=6)
+    page.count_pictures()
+    page.press('noise', 'ARROW_RIGHT', times=8)
+    assert page.readout('noise') == '2' and page.words().startswith('Noise up to 2:')
+    assert 1 <= page.pictures() < 8, 'keys that follow each other quickly are drawn together'
+    page.press('noise', 'ARROW_LEFT', times=2)
     assert page.readout('noise') == '1.5'
     assert page.words() == 'Noise up to 1.5: the most similar mean is 1, the true digit 3. Wrong.'
 

@@ -12,11 +12,13 @@ import pytest
 
 SCRIPT = """
 import torch_xla, torch, numpy as np
+from dataclasses import replace
 from torch import nn
-from robustnb.attacks import PGD, Gaussian
+from robustnb.attacks import FGSM, PGD
 from robustnb.devices import compile_count, pick_device, seeded
 from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
+from robustnb.noises import Blur, Gaussian, Poisson, SaltPepper, Uniform, matched
 
 class Block(nn.Module):
     def __init__(self, a, b, stride):
@@ -59,6 +61,15 @@ for measure in ('relative_error', 'energy_relative_error'):
     print(measure, len(a), float(np.abs(a - b).max()))
 a, b = (evaluate(m, (x, y), Gaussian(0.1), show_progress=False).dataset['correct'].values for m in (net, other))
 print('evaluation', bool((a == b).all()))
+
+for noise in (Uniform(0.1), Poisson(0.1), Blur(0.8), SaltPepper(0.1), matched(Uniform(), FGSM(0.05))):
+    def noisy(seed=0, strength=noise.strength):
+        changed = replace(noise.at(strength), seed=seed)
+        return changed(net, x, y), changed(other, x.to(device), y.to(device)).cpu()
+    here, there = noisy()
+    apart = ((here - there).abs() > 1e-5).float().mean()
+    seen = [compile_count() for seed in range(4) if noisy(seed, 0.05 + 0.01 * seed)]
+    print('noise', float(apart), seen[-1] - seen[1])
 """
 
 
@@ -75,3 +86,7 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
     assert found['relative_error'][0] == '5' and float(found['relative_error'][1]) < 1e-4
     assert float(found['energy_relative_error'][1]) < 1e-4
     assert found['evaluation'] == ['True']
+    noises = [line for line in lines if line[0] == 'noise']
+    assert len(noises) == 5
+    for _, apart, compilations in noises:  # a logarithm that is rounded otherwise can move a count, rarely
+        assert float(apart) < 0.005 and int(compilations) <= 1, noises

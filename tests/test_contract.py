@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import robustnb
-from robustnb import attacks, evaluation, guard, lsa, models, report, training
+from robustnb import attacks, evaluation, guard, lsa, models, noises, report, training
 
 
 class Bomb(nn.Module):
@@ -130,29 +130,31 @@ def cases(p) -> dict:
         'probes.select': lambda m: probes.select(m),
         'probes.Probe.__init__': lambda m: probed(m, probes.Probe),
         'models.describe': lambda m: models.describe(m, X),
-        'attacks.perturb': lambda m: attacks.perturb(lambda model, x, y: p(model, x, y), m, X, Y),
+        'noises.Matched.__call__': lambda m: noises.matched(noises.Gaussian(), p)(m, X, Y),
+        'noises.perturb': lambda m: noises.perturb(lambda model, x, y: p(model, x, y), m, X, Y),
         'evaluation.predict': lambda m: evaluation.predict(m, X),
         'evaluation.accuracy': lambda m: evaluation.accuracy(m, DATA),
         'evaluation.evaluate': lambda m: evaluation.evaluate(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'training.fit': lambda m: training.fit(m, DATA, training.Adversarial(p), epochs=2, valid=DATA, **quiet),
         'lsa.layer_sustainability': lambda m: lsa.layer_sustainability(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'lsa.compare': lambda m: lsa.compare(m, X, X.flip(0)),
-        'lsa.explore': lambda m: lsa.explore(m, DATA, {'noise': attacks.Gaussian(), 'p': p}, factors=[0.5, 1], **quiet),
+        'lsa.explore': lambda m: lsa.explore(m, DATA, {'noise': noises.Gaussian(), 'p': p}, factors=[0.5, 1], **quiet),
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
     }
 
 
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
-    'guard.Logits.__init__', 'probes.select', 'models.save_weights',
-    *(f'attacks.{noise}.__call__' for noise in ('Gaussian', 'Speckle', 'Salt', 'Pepper', 'SaltPepper')),
+    'guard.Logits.__init__', 'probes.select', 'models.save',
+    *(f'noises.{noise}.__call__' for noise in
+      ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
-ABSTRACT = {'attacks.Noise.__call__', 'attacks.Attack.__call__', 'attacks.Attack.run'}
-CARELESS = ['attacks.perturb', 'guard.untouched', 'evaluation.evaluate', 'training.fit', 'lsa.layer_sustainability',
-            'lsa.explore']
+ABSTRACT = {'noises.Noise.__call__', 'noises.PixelNoise.__call__', 'attacks.Attack.__call__', 'attacks.Attack.run'}
+CARELESS = ['noises.perturb', 'noises.Matched.__call__', 'guard.untouched', 'evaluation.evaluate', 'training.fit',
+            'lsa.layer_sustainability', 'lsa.explore']
 # Their purpose is to change the model that they are given.
 BY_DESIGN = {
-    'models.load_weights': 'writes weights into the model',
+    'models.load': 'writes weights into the model',
     'training.Standard.loss': 'one step of training, on the model in training',
     'training.Adversarial.loss': 'one step of training, on the model in training',
 }
@@ -210,13 +212,13 @@ HELD = [name for name in FOUND if name not in BY_DESIGN]
 
 
 def case_of(name: str, folder, p=attacks.FGSM(0.05)):
-    if name == 'models.save_weights':
-        return lambda m: models.save_weights(m, folder / 'weights.safetensors')
+    if name == 'models.save':
+        return lambda m: models.save(m, folder / 'weights.safetensors')
     if name in cases(p):
         return cases(p)[name]
     module, cls, method = (*name.split('.'), '')[:3]
     cls = getattr(importlib.import_module(f'robustnb.{module}'), cls)
-    if module == 'attacks' and issubclass(cls, attacks.Perturbation) and method in ('__call__', 'run'):
+    if module in ('noises', 'attacks') and issubclass(cls, noises.Perturbation) and method in ('__call__', 'run'):
         return lambda m: getattr(settings_for(cls), method)(m, X, Y)
     pytest.fail(f'{name} takes a model and has no case here: say how it is held to the promise')
 

@@ -1,4 +1,6 @@
-"""Data: order, ids and seeds; what is accepted and what is refused; loaders with workers and short last batches."""
+"""Data: order, ids and seeds; what is accepted and what is refused; files, downloads, loaders with workers."""
+import copy
+import errno
 import hashlib
 import logging
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from robustnb import data as data_module
@@ -17,17 +20,25 @@ from robustnb.data import (
     DATA,
     Batch,
     DataSet,
+    ImageFiles,
     asset,
     batches,
     bounds_of,
     cache_folder,
+    can_shuffle,
+    cifar10,
+    cifar100,
     classes_of,
     digits,
     from_arrays,
+    from_folder,
     load_data,
     mnist,
+    moons,
     size_of,
+    tiny_imagenet,
 )
+from robustnb.guard import match_dtype
 
 
 def make(n=10, classes=3, seed=0) -> DataSet:
@@ -140,7 +151,7 @@ def test_of_class_and_to():
     assert {t.device.type for t in (moved.x, moved.y, moved.ids)} == {'meta'} and moved.name == data.name
 
 
-# digits, MNIST
+# digits, moons, and what torchvision downloads
 
 def test_digits_are_the_same_for_everybody():
     train, test = digits()
@@ -185,6 +196,25 @@ def test_digits_refuses_other_sizes():
         digits(16)
 
 
+def test_moons():
+    train, test = moons(n_train=101, n_test=40, noise=0)
+    assert (len(train), len(test), train.name, test.name) == (101, 40, 'moons train', 'moons test')
+    assert train.x.dtype == torch.float32 and train.y.dtype == torch.int64 and train.bounds is None
+    assert test.y.bincount().tolist() == [20, 20] and sorted(train.ids.tolist() + test.ids.tolist()) == list(range(141))
+    x, ids = torch.cat([train.x, test.x]), torch.cat([train.ids, test.ids])
+    angle = torch.linspace(0, np.pi, 70)
+    upper = torch.stack([angle.cos(), angle.sin()], 1)
+    torch.testing.assert_close(x[ids.argsort()][:70], upper, atol=1e-6, rtol=0)
+    assert same(moons(seed=3).train, moons(seed=3).train)
+    assert not torch.equal(moons(seed=3).test.x, moons(seed=4).test.x)
+    spread = moons(20_000, 0, noise=0.2).train.x - moons(20_000, 0, noise=0).train.x
+    assert float(spread.std()) == pytest.approx(0.2, rel=0.02)
+    assert len(moons(n_train=0).train) == 0
+    for wrong in ({'n_train': -1}, {'n_train': 0, 'n_test': 1}, {'noise': -1}):
+        with pytest.raises(ValueError, match='two points|noise'):
+            moons(**wrong)
+
+
 def test_mnist(data_root):
     train, test = mnist(data_root)
     assert (len(train), len(test)) == (60_000, 10_000)
@@ -202,25 +232,87 @@ def test_mnist_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='home'):
         mnist(download=False)
 
-    from torchvision.datasets import MNIST
 
-    def offline(self):
-        raise urllib.error.URLError('no route to host')
-    monkeypatch.setattr(MNIST, 'download', offline)
-    with pytest.raises(FileNotFoundError, match='no route to host.*digits'):
-        mnist(tmp_path)
+class FakeDownload:
+    "Stands for a data set of torchvision: 20 images to train, 10 to test, in torchvision's shapes."
+    error = None
+    classes = ['cat', 'dog']
+
+    def __init__(self, root, train, download):
+        if self.error is not None:
+            raise self.error
+        n = 20 if train else 10
+        self.data = np.arange(n * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(n, 32, 32, 3)
+        self.targets = [i % 2 for i in range(n)]
+
+
+@pytest.fixture
+def torchvision_fakes(monkeypatch):
+    from torchvision import datasets
+    kind = type('Fake', (FakeDownload,), {})
+    for name in ('MNIST', 'CIFAR10', 'CIFAR100'):
+        monkeypatch.setattr(datasets, name, kind)
+    return kind
+
+
+@pytest.mark.parametrize('load, name', [(cifar10, 'cifar10'), (cifar100, 'cifar100')])
+def test_cifar_from_torchvision(load, name, torchvision_fakes, tmp_path):
+    train, test = load(tmp_path)
+    assert (train.name, test.name, train.classes) == (f'{name} train', f'{name} test', ('cat', 'dog'))
+    raw = torchvision_fakes(tmp_path, False, False)
+    assert test.x.shape == (10, 3, 32, 32) and test.x.is_contiguous() and test.x.dtype == torch.float32
+    np.testing.assert_allclose(test.x, raw.data.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+    assert test.y.tolist() == raw.targets and test.y.dtype == torch.int64 and len(train) == 20
+
+
+@pytest.mark.parametrize('load, by_hand', [
+    (mnist, r'its four files .* into \S+MNIST/raw'), (cifar10, r'cifar-10-python\.tar\.gz from https://www\.cs\.toronto\.edu'),
+    (cifar100, r'cifar-100-python\.tar\.gz from https://www\.cs\.toronto\.edu'),
+])
+@pytest.mark.parametrize('error, download, cause', [
+    (urllib.error.URLError('no route to host'), True, 'no route to host.*is this machine offline'),
+    (urllib.error.HTTPError('https://x', 503, 'busy', None, None), True, '503.*not reached'),
+    (RuntimeError('Error downloading t10k.gz:\nTried https://x, got:\n<urlopen error>'), True, 'is this machine offline'),
+    (ConnectionResetError(errno.ECONNRESET, 'reset by peer'), True, 'is this machine offline'),
+    (PermissionError(errno.EACCES, 'Permission denied'), True, 'root= names a folder that you may write to'),
+    (OSError(errno.ENOSPC, 'No space left on device'), True, 'No space left.*has room'),
+    (RuntimeError('File not found or corrupted.'), True, 'damaged, such as half a download, or a web page'),
+    (EOFError('Compressed file ended early'), True, 'half a download'),
+    (AssertionError(), False, 'damaged'),
+    (RuntimeError('Dataset not found or corrupted.'), False, r'download=True fetches it'),
+])
+def test_failed_downloads(load, by_hand, error, download, cause, torchvision_fakes, tmp_path):
+    torchvision_fakes.error = error
+    with pytest.raises(FileNotFoundError, match=f'(?s){cause}.*{by_hand}.*Without a download: digits') as caught:
+        load(tmp_path, download)
+    assert caught.value.__cause__ is error
+
+
+def test_half_a_file(data_root, tmp_path):
+    "The real class of torchvision, on a file that was cut off and on a page in place of images."
+    raw = tmp_path / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for file in (data_root / 'MNIST' / 'raw').glob('*-ubyte'):
+        (raw / file.name).symlink_to(file)
+    images = raw / 'train-images-idx3-ubyte'
+    for content in (images.read_bytes()[:100_000], b'<html>Please log in</html>'):
+        images.unlink()
+        images.write_bytes(content)
+        with pytest.raises(FileNotFoundError, match='damaged'):
+            mnist(tmp_path, download=False)
 
 
 @pytest.mark.parametrize('error', [
     ImportError('No module named torchvision'), RuntimeError('operator torchvision::nms does not exist'),
 ])
-def test_mnist_with_a_broken_torchvision(error, monkeypatch):
+def test_a_broken_torchvision(error, monkeypatch):
     class Broken(types.ModuleType):
         def __getattr__(self, name):
             raise error
     monkeypatch.setitem(sys.modules, 'torchvision', Broken('torchvision'))
-    with pytest.raises(ImportError, match='(No module|nms).*built for another torch.*pip install torch torchvision'):
-        mnist()
+    for load in (mnist, cifar10):
+        with pytest.raises(ImportError, match='(No module|nms).*built for another torch.*pip install.*moons.. need neither'):
+            load()
 
 
 def test_torchvision_and_sklearn_are_imported_late():
@@ -230,9 +322,9 @@ def test_torchvision_and_sklearn_are_imported_late():
 
 
 def test_load_data():
-    for name in ('digits', 'digits28', 'digits32'):
+    for name in ('digits', 'digits28', 'digits32', 'moons'):
         assert load_data(name).test.name == f'{name} test'
-    assert 'mnist' in DATA
+    assert {'mnist', 'cifar10', 'cifar100', 'tiny_imagenet'} < DATA.keys()
     with pytest.raises(ValueError, match="no data set 'cifar'; there are: digits"):
         load_data('cifar')
 
@@ -278,39 +370,364 @@ def test_from_arrays_copies():
         assert data.x.sum() == 0 and data.y.tolist() == [0, 1]
 
 
-def test_from_arrays_scales_bytes_and_says_so(caplog):
+def test_from_arrays_scales_bytes_and_says_so_once(caplog):
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 2, 2), dtype=np.uint8)
-    with caplog.at_level(logging.INFO, logger='robustnb.data'):
-        for x in (images, torch.from_numpy(images)):
-            np.testing.assert_allclose(from_arrays(x, [0, 1, 2], name='bytes').x, images / 255, rtol=1e-6)
-        assert caplog.messages == ['bytes: uint8 samples are divided by 255, to lie in [0, 1]'] * 2
+    data_module._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger='robustnb.data'):  # the level that Python shows by itself
+        for x in (images, torch.from_numpy(images), np.asfortranarray(images)):
+            data = from_arrays(x, [0, 1, 2], name='bytes')
+            np.testing.assert_allclose(data.x, images / 255, rtol=1e-6)
+            assert data.x.is_contiguous()
+        assert caplog.messages == ['bytes: uint8 samples are divided by 255, to lie in [0, 1]']
         caplog.clear()
         assert torch.equal(from_arrays(images, [0, 1, 2], bounds=(0, 255)).x, torch.from_numpy(images).float())
         assert not caplog.messages
 
 
-@pytest.mark.parametrize('x, y, kw, message', [
-    (np.zeros((3, 2)), [0, 1], {}, r'expected \(3,\)'),
-    (np.zeros((2, 2)), [[0], [1]], {}, r'expected \(2,\)'),
-    (np.zeros((2, 2)), np.eye(2), {}, r'y\.argmax'),
-    (np.zeros((2, 2)), [0.0, 1.0], {}, 'integer class indices'),
-    (np.zeros((2, 2)), [True, False], {}, 'integer class indices'),
-    (np.zeros((2, 2)), ['cat', 'dog'], {}, 'np.unique'),
-    (np.zeros((2, 2)), [0, -1], {}, 'run from -1 to 0'),
-    (np.zeros((2, 2)), [0, 2], {'classes': 'ab'}, 'run from 0 to 2'),
-    (np.zeros(2), [0, 1], {}, 'one row each'),
-    (np.zeros(()), 0, {}, 'one row each'),
-    (np.array([[0, np.nan], [0, 0]]), [0, 1], {}, 'sample 0'),
-    (np.array([[0, 0], [0, np.inf]]), [0, 1], {'bounds': None}, 'sample 1'),
-    (np.array([[0, 2.0], [0, 0]]), [0, 1], {}, r'outside the bounds \(0, 1\)'),
-    (np.array([[0, -1], [0, 0]]), [0, 1], {}, 'Normalized'),
-    (np.array([['a', 'b']]), [0], {}, 'are not numbers'),
-    (np.array([[1j, 0]]), [0], {}, 'are not numbers'),
-    ([[0, 1], [0]], [0, 1], {}, 'inhomogeneous'),
-])
+def test_from_arrays_of_nothing():
+    for y in ([], np.zeros(0, dtype=int), torch.zeros(0)):
+        data = from_arrays(np.zeros((0, 3, 4, 4)), y, classes=['a', 'b'])
+        assert len(data) == 0 and data.x.shape == (0, 3, 4, 4) and data.y.dtype == torch.int64
+        assert list(batches(data)) == []
+
+
+NAN, INF = np.array([[0, np.nan], [0, 0]]), np.array([[0, 0], [0, np.inf]])
+ZEROS, PHOTOS = np.zeros((2, 2)), np.zeros((2, 8, 8, 3), dtype=np.uint8)
+
+# What people hand over -> what the error says: a piece of what was got, and of what to do.
+BAD_ARRAYS = {
+    'a NaN': (NAN, [0, 1], {}, 'NaN or infinity in sample 0; remove or repair'),
+    'an infinity, unbounded': (INF, [0, 1], {'bounds': None}, 'NaN or infinity in sample 1'),
+    'above the bounds': (2 + ZEROS, [0, 1], {}, r'outside the bounds \(0, 1\)'),
+    'normalised': (ZEROS - 1, [0, 1], {}, r'\[-1, -1\].*Normalized'),
+    'images as floats 0-255': (PHOTOS.transpose(0, 3, 1, 2) + 200.0, [0, 1], {}, r'\[200, 200\]'),
+    'channels last': (PHOTOS, [0, 1], {}, r'\(2, 8, 8, 3\).*x\.transpose\(0, 3, 1, 2\)'),
+    'channels last, grey tensor': (torch.zeros(2, 8, 8, 1), [0, 1], {}, r'x\.permute\(0, 3, 1, 2\)'),
+    'one number a sample': (np.zeros(2), [0, 1], {}, r'shape \(n, \.\.\.\), one row each; got \(2,\)'),
+    'one number': (np.zeros(()), 0, {}, 'one row each'),
+    'words as samples': (np.array([['a', 'b']]), [0], {}, 'samples of type <U1 are not numbers'),
+    'complex samples': (np.array([[1j, 0]]), [0], {}, 'are not numbers'),
+    'rows of different lengths': ([[0, 1], [0]], [0, 1], {}, 'inhomogeneous'),
+    'too few labels': (np.zeros((3, 2)), [0, 1], {}, r'labels have shape \(2,\), expected \(3,\)'),
+    'labels in a column': (ZEROS, [[0], [1]], {}, r'of shape \(2, 1\).*y\[:, 0\]'),
+    'one-hot floats': (ZEROS, np.eye(2), {}, r'float32 of shape \(2, 2\).*expected integer.*y\.argmax\(1\)'),
+    'one-hot integers': (ZEROS, np.eye(2, dtype=int), {}, r'y\.argmax\(1\)'),
+    'whole floats': (ZEROS, [0.0, 1.0], {}, r'float32.*y\.astype\(int\)'),
+    'fractions': (ZEROS, [0.5, 1.0], {}, 'float32; expected integer class indices'),
+    'NaN labels': (ZEROS, [0, np.nan], {}, 'expected integer class indices'),
+    'truth values': (ZEROS, [True, False], {}, r'bool.*y\.astype\(int\)'),
+    'words as labels': (ZEROS, ['cat', 'dog'], {}, r'np\.unique\(y, return_inverse=True\)'),
+    'no label': (ZEROS, [0, -1], {}, 'from -1 to 0, expected 0 and above.*leave those samples out'),
+    'more labels than names': (ZEROS, [0, 2], {'classes': 'ab'}, 'from 0 to 2, but `classes` holds 2 names'),
+    'counted from 1': (ZEROS, [1, 2], {'classes': 'ab'}, 'count them from 0: y - 1'),
+    'ids as labels': (ZEROS, [0, 10**9], {}, 'too many for classes'),
+}
+
+
+@pytest.mark.parametrize('x, y, kw, message', BAD_ARRAYS.values(), ids=BAD_ARRAYS)
 def test_from_arrays_refuses(x, y, kw, message):
     with pytest.raises((ValueError, TypeError), match=message):
         from_arrays(x, y, **kw)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 8, 3), (2, 1, 8, 1), (2, 3, 8, 8), (2, 8, 3), (2, 8, 8, 8, 3), (2, 3)])
+def test_channels_last_is_not_seen_where_it_is_not(shape):
+    assert from_arrays(np.zeros(shape), [0, 1]).x.shape == shape
+
+
+@pytest.mark.parametrize('x, y, ids, message', [
+    (np.zeros((2, 2)), torch.arange(2), None, 'samples must be a tensor.*got ndarray; from_arrays'),
+    (torch.zeros(2, 2), [0, 1], None, 'labels must be a tensor.*got list'),
+    (torch.zeros(2, 2), torch.arange(2), [0, 1], 'ids must be a tensor.*got list'),
+    (torch.tensor(1.0), torch.tensor(1), None, 'samples must be.*got a single number'),
+])
+def test_a_data_set_is_made_of_tensors(x, y, ids, message):
+    with pytest.raises(TypeError, match=message):
+        DataSet(x, y, ids=ids)
+
+
+def strips(folder, *names) -> np.ndarray:
+    "Images kept as strips: one a row, 32 x 32 pixels one after the other."
+    return np.concatenate([np.asarray(Image.open(folder / f'{name}.png')).reshape(1000, 32, 32, 3) for name in names])
+
+
+def test_cifar10_from_arrays(data_root):
+    folder = data_root / 'cifar10'
+    if not folder.is_dir():
+        pytest.skip(f'no real data: {folder} is not a folder')
+    labels = np.loadtxt(folder / 'labels.txt', dtype=int)
+    assert len(labels) == 51_000 and np.bincount(labels[:50_000]).tolist() == [5000] * 10
+    images = strips(folder, 'train_00', 'train_01')
+    with pytest.raises(ValueError, match='channels last'):
+        from_arrays(images, labels[:2000])
+    train = from_arrays(images.transpose(0, 3, 1, 2), labels[:2000], name='cifar10 train')
+    test = from_arrays(strips(folder, 'test_00').transpose(0, 3, 1, 2), labels[50_000:], name='cifar10 test')
+    for part in (train, test):
+        assert part.x.shape[1:] == (3, 32, 32) and (float(part.x.min()), float(part.x.max())) == (0, 1)
+        assert part.y.bincount(minlength=10).min() > 0.08 * len(part), 'no class is rare'
+        assert part.take(500).y.bincount().tolist() == [50] * 10
+    # The published means of the training set; 2,000 images come close to them.
+    assert train.x.mean((0, 2, 3)).tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=0.01)
+    np.testing.assert_array_equal((255 * train.x[7]).round().byte().permute(1, 2, 0), images[7])
+
+
+# images in files
+
+def write_images(root, classes=('ant', 'bee', 'cat'), each=4, size=(8, 8), ending='png', seed=0):
+    "Images of noise, one folder for each class; hands their pixels back, by path."
+    rng = np.random.default_rng(seed)
+    written = {}
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(each):
+            path = root / name / f'{i}.{ending}'
+            written[path] = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(written[path]).save(path)
+    return written
+
+
+def test_image_files_read_what_was_written(tmp_path):
+    written = write_images(tmp_path / 'pets')
+    files = from_folder(tmp_path / 'pets')
+    assert (len(files), files.classes, files.name, files.bounds) == (12, ('ant', 'bee', 'cat'), 'pets', (0, 1))
+    assert repr(files) == 'ImageFiles(pets: 12 images, in [0, 1], 3 classes)'
+    assert files.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and files.ids.tolist() == list(range(12))
+    for path, (x, y) in zip(files.paths, files, strict=True):
+        assert x.dtype == torch.float32 and x.is_contiguous() and path.parent.name == files.classes[y]
+        np.testing.assert_allclose(x, written[path].transpose(2, 0, 1) / 255, rtol=1e-6)
+    whole = files.read(show_progress=False)
+    assert isinstance(whole, DataSet) and torch.equal(whole.x[3], files[3][0]) and torch.equal(whole.ids, files.ids)
+
+
+def test_image_files_are_drawn_as_samples_in_memory_are(tmp_path):
+    write_images(tmp_path, each=5)
+    files = from_folder(tmp_path)
+    held = files.read(show_progress=False)
+    for kw in ({}, {'seed': 3}, {'balanced': False}):
+        assert same(files.take(7, **kw, show_progress=False), held.take(7, **kw))
+    for index in (slice(2, 9, 3), [4, 0, 4], [], np.array([3, 1]), held.y == 1, np.arange(15)[::-1], [-1]):
+        part = files[index]
+        assert isinstance(part, ImageFiles) and same(part.read(show_progress=False), held[index]) or not len(part)
+        assert torch.equal(part.ids, held[index].ids) and (part.classes, part.name) == (files.classes, files.name)
+    bees = files.of_class('bee')
+    assert same(bees[1:].take(2, show_progress=False), held.of_class(1)[1:].take(2)), 'ids survive selection after selection'
+    assert files.take(0, show_progress=False).x.shape[0] == 0
+    for wrong in (-1, 16):
+        with pytest.raises(ValueError, match=f'cannot take {wrong} of 15'):
+            files.take(wrong)
+    with pytest.raises(IndexError):
+        files[15]
+    with pytest.raises(ValueError, match='there are: ant, bee, cat'):
+        files.of_class('dog')
+
+
+def test_image_files_are_read_when_they_are_needed(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    opened = []
+    read = data_module._read_image
+    monkeypatch.setattr(data_module, '_read_image', lambda path, size: opened.append(path) or read(path, size))
+    files = from_folder(tmp_path)
+    assert (size_of(files), bounds_of(files), classes_of(files), len(files.of_class(1))) == (12, (0, 1), files.classes, 4)
+    assert not opened
+    next(batches(files, 3))
+    assert opened == list(files.paths[:3])
+    next(batches(files, 3, limit=2))
+    assert len(opened) == 6
+
+
+@pytest.mark.parametrize('shuffle', [None, 0, 5])
+def test_batches_of_image_files(tmp_path, shuffle):
+    write_images(tmp_path)
+    files = from_folder(tmp_path)[2:]
+    held = files.read(show_progress=False)
+    assert can_shuffle(files)
+    kw = {'batch_size': 4, 'shuffle': shuffle, 'limit': 9}
+    for ours, expected in zip(batches(files, **kw), batches(held, **kw), strict=True):
+        assert all(map(torch.equal, ours, expected)), 'streamed as if they lay in memory'
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loaders_of_image_files(tmp_path, workers):
+    write_images(tmp_path)
+    files = copy.deepcopy(from_folder(tmp_path))  # by the protocol that sends it to a worker
+    for data in (files, Subset(files, range(2, 12))):
+        loader = DataLoader(data, 4, num_workers=workers, generator=torch.Generator())
+        assert (size_of(loader), bounds_of(loader), classes_of(loader)) == (len(data), (0, 1), files.classes)
+        x = torch.cat([b.x for b in batches(loader)])
+        assert torch.equal(x, torch.stack([data[i][0] for i in range(len(data))]))
+
+
+@pytest.mark.parametrize('mode', ['L', '1', 'P', 'LA', 'RGBA', 'CMYK', 'RGB'])
+def test_every_image_becomes_rgb(tmp_path, mode):
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 4), dtype=np.uint8))
+    (tmp_path / 'a').mkdir()
+    grey.convert(mode).save(tmp_path / 'a' / '0.tif')
+    x, _ = from_folder(tmp_path)[0]
+    assert x.shape == (3, 5, 4) and 0 <= x.min() <= x.max() <= 1
+    expected = np.asarray(Image.open(tmp_path / 'a' / '0.tif').convert('RGB')).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(x, expected, rtol=1e-6)
+    if mode == 'L':
+        assert torch.equal(x[0], x[1]) and torch.equal(x[0], x[2])
+
+
+@pytest.mark.parametrize('shape', [(40, 30), (30, 40), (31, 31), (9, 100), (33, 32)])
+@pytest.mark.parametrize('size', [8, 31, 50])
+def test_size_is_what_torchvision_makes_of_it(tmp_path, shape, size):
+    from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+    path, = write_images(tmp_path, ('a',), 1, shape)
+    expected = Compose([Resize(size), CenterCrop(size), ToTensor()])(Image.open(path).convert('RGB'))
+    x, _ = from_folder(tmp_path, size)[0]
+    assert x.shape == (3, size, size)
+    torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)
+
+
+def test_from_folder_against_image_folder(tmp_path):
+    from torchvision.datasets import ImageFolder
+    write_images(tmp_path, ('b', 'A', 'c 1', 'ä'), ending='jpg')
+    for hidden in (tmp_path / '.ipynb_checkpoints', tmp_path / 'b' / '.ipynb_checkpoints'):
+        write_images(hidden.parent, (hidden.name,), 1)
+    (tmp_path / 'b' / '._0.jpg').write_bytes(b'what another system leaves behind')
+    (tmp_path / 'b' / 'Thumbs.db').write_bytes(b'')
+    write_images(tmp_path / 'b', ('deeper',), 1)
+    files = from_folder(tmp_path)
+    assert files.classes == ('A', 'b', 'c 1', 'ä') and files.y.bincount().tolist() == [4, 5, 4, 4]
+    for part in (tmp_path / '.ipynb_checkpoints', tmp_path / 'b' / '.ipynb_checkpoints', tmp_path / 'b' / 'deeper'):
+        for file in part.iterdir():
+            file.unlink()
+        part.rmdir()
+    (tmp_path / 'b' / '._0.jpg').unlink()
+    theirs, ours = ImageFolder(tmp_path), from_folder(tmp_path)
+    assert list(ours.classes) == theirs.classes
+    assert [(str(path), y) for path, y in zip(ours.paths, ours.y.tolist(), strict=True)] == theirs.samples
+
+
+def test_images_of_different_sizes(tmp_path):
+    write_images(tmp_path, ('a',), 2, (8, 8))
+    write_images(tmp_path, ('b',), 2, (9, 8))
+    files = from_folder(tmp_path)
+    assert files[3][0].shape == (3, 8, 9), 'one by one is fine'
+    assert [len(b.x) for b in batches(files, 2)] == [2, 2]
+    message = r'different sizes.*0\.png is \(3, 8, 8\).*0\.png is \(3, 8, 9\); give size='
+    with pytest.raises(ValueError, match=message):
+        next(batches(files))
+    with pytest.raises(ValueError, match=message):
+        files.read(show_progress=False)
+    with pytest.raises(ValueError, match='give size='):
+        list(batches(DataLoader(files, 4, generator=torch.Generator())))
+    assert next(batches(from_folder(tmp_path, size=6))).x.shape == (4, 3, 6, 6)
+
+
+def broken_files(root):
+    write_images(root, ('a',), 1)
+    whole = (root / 'a' / '0.png').read_bytes()
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    deep.save(root / 'a' / 'deep.png')
+    (root / 'a' / 'half.png').write_bytes(whole[:len(whole) // 2])
+    (root / 'a' / 'page.png').write_text('<html>not found</html>')
+    (root / 'a' / 'nothing.png').write_bytes(b'')
+
+
+def test_files_that_are_no_images(tmp_path):
+    broken_files(tmp_path)
+    for size in (None, 4):
+        files = from_folder(tmp_path, size)
+        for path, message in {'deep': 'more than 8 bits', 'half': '', 'page': '', 'nothing': ''}.items():
+            row = [p.stem for p in files.paths].index(path)
+            with pytest.raises(ValueError, match=f'{path}.png cannot be read as an image.*{message}.*repair it or take it'):
+                files[row]
+    (tmp_path / 'a' / '0.png').unlink()
+    with pytest.raises(ValueError, match='No such file'):
+        files[0]
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda root: root.rmdir(), 'is not a folder; expected one sub-folder for each class'),
+    (lambda root: None, 'holds 0 images and no sub-folder; expected'),
+    (lambda root: write_images(root.parent, (root.name,), 3), 'holds 3 images and no sub-folder'),
+    (lambda root: [write_images(root / part) for part in ('train', 'val')], r"parts of a data set.*from_folder\('.*train'\)"),
+    (lambda root: (write_images(root), (root / 'dog').mkdir(), (root / 'eel').mkdir()), 'no images in dog, eel'),
+    (lambda root: ((root / 'a').mkdir(), (root / 'a' / 'notes.txt').write_text('no image')), 'no images in a '),
+])
+def test_from_folder_refuses(tmp_path, make, message):
+    root = tmp_path / 'root'
+    root.mkdir()
+    make(root)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        from_folder(root)
+
+
+def test_image_files_refuse():
+    for size in (0, -3):
+        with pytest.raises(ValueError, match='1 or more'):
+            from_folder('.', size)
+    for y, message in (([0], r'expected \(2,\)'), ([0.0, 1.0], 'astype'), ([0, 5], 'holds 2 names')):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ImageFiles(['a.png', 'b.png'], y, ('x', 'y'))
+    with pytest.raises(ValueError, match='2 samples, 2 labels and 3 ids'):
+        ImageFiles(['a.png', 'b.png'], [0, 1], ids=torch.arange(3))
+
+
+# Tiny-ImageNet
+
+WNIDS = {'n02': 'goldfish, Carassius auratus', 'n01': 'crane', 'n03': 'crane', 'n04': "guinea pig, Cavia cobaya"}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    "The layout of the archive, in small: three training images and two validation images of each class."
+    folder = tmp_path / 'tiny-imagenet-200'
+    (folder / 'val').mkdir(parents=True)
+    (folder / 'wnids.txt').write_text('\n'.join(WNIDS))
+    (folder / 'words.txt').write_text('\n'.join(f'{wnid}\t{words}' for wnid, words in {**WNIDS, 'n05': 'unused'}.items()))
+    for wnid in WNIDS:
+        write_images(folder / 'train' / wnid, ('images',), 3, (64, 64), 'JPEG')
+        (folder / 'train' / wnid / f'{wnid}_boxes.txt').write_text('0.JPEG\t0\t0\t62\t62\n')
+    grey = folder / 'train' / 'n03' / 'images' / '1.JPEG'
+    Image.open(grey).convert('L').save(grey)
+    write_images(folder / 'val', ('images',), 8, (64, 64), 'JPEG')
+    order = [list(WNIDS)[i % 4] for i in range(8)]
+    lines = [f'{i}.JPEG\t{wnid}\t0\t32\t44\t62\n' for i, wnid in enumerate(order)]
+    (folder / 'val' / 'val_annotations.txt').write_text(''.join(lines))
+    return folder
+
+
+def test_tiny_imagenet(tiny):
+    for root in (tiny, tiny.parent, str(tiny)):
+        train, test = tiny_imagenet(root)
+        assert (len(train), len(test), train.name, test.name) == (12, 8, 'tiny-imagenet train', 'tiny-imagenet test')
+        assert train.classes == test.classes == ('crane (n01)', 'goldfish', 'crane (n03)', 'guinea pig')
+        assert train.y.bincount().tolist() == [3] * 4 and test.y.tolist() == [1, 0, 2, 3] * 2
+        assert [p.name for p in test.paths] == [f'{i}.JPEG' for i in range(8)]
+        assert all(p.parts[-3] == sorted(WNIDS)[y] for p, y in zip(train.paths, train.y.tolist(), strict=True))
+    assert next(batches(load_data('tiny_imagenet', tiny).train)).x.shape == (12, 3, 64, 64), 'a grey one among them'
+
+
+@pytest.mark.parametrize('path', [
+    'wnids.txt', 'words.txt', 'train/n02/images', 'train/n02', 'train', 'val/val_annotations.txt', 'val/images',
+    'val/images/5.JPEG', 'val', '.',
+])
+def test_tiny_imagenet_with_a_piece_missing(tiny, path):
+    (tiny / path).resolve().rename(tiny.parent / 'elsewhere')
+    official = r'http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip, unpack it \(unzip'
+    missing = 'wnids.txt' if path == '.' else path
+    with pytest.raises(FileNotFoundError, match=rf'Tiny-ImageNet needs \S*{missing}.*not there.*{official}'):
+        tiny_imagenet(tiny.parent)
+
+
+def test_tiny_imagenet_that_is_half_unpacked(tiny):
+    for file in (tiny / 'train' / 'n04' / 'images').iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r'n04/images, which is empty'):
+        tiny_imagenet(tiny)
+    write_images(tiny / 'train' / 'n04', ('images',), 1, ending='JPEG')
+    (tiny / 'wnids.txt').write_text('n01\nn02\nn04\n')
+    with pytest.raises(ValueError, match='2.JPEG the class n03, which wnids.txt does not list'):
+        tiny_imagenet(tiny)
+
+
+def test_tiny_imagenet_lies_in_the_cache(tiny, monkeypatch):
+    monkeypatch.setenv('ROBUSTNB_HOME', str(tiny.parent))
+    assert len(tiny_imagenet().train) == 12
 
 
 # batches
@@ -403,6 +820,58 @@ def test_batches_of_torch_data_sets():
             return iter(zip(data.x, data.y, strict=True))
     assert [len(b.x) for b in batches(Stream(), 4)] == [4, 4, 2]
     assert size_of(Stream()) is None and size_of(DataLoader(Stream(), 4)) is None
+
+
+@pytest.mark.parametrize('transform', [None, 'tensor'])
+def test_batches_of_image_folder(tmp_path, transform):
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import ToTensor
+    write_images(tmp_path)
+    data = ImageFolder(tmp_path, ToTensor() if transform else None)
+    expected = from_folder(tmp_path)
+    for shuffle in (None, 2):
+        for ours, theirs in zip(batches(expected, 5, shuffle=shuffle), batches(data, 5, shuffle=shuffle), strict=True):
+            assert all(map(torch.equal, ours, theirs)), 'images of PIL are converted as torchvision would'
+    assert classes_of(DataLoader(Subset(data, [1]))) == ('ant', 'bee', 'cat')
+
+
+def test_batches_of_grey_images_of_pil(data_root):
+    from torchvision.datasets import MNIST
+    batch = next(batches(MNIST(data_root, train=False), 64))
+    assert torch.equal(batch.x, mnist(data_root).test.x[:64]) and batch.x.shape == (64, 1, 28, 28)
+
+
+def test_loaders_that_cannot_collate(tmp_path):
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import ToTensor
+    write_images(tmp_path, each=1)
+    write_images(tmp_path, ('bee',), 1, (9, 9))
+    private = {'generator': torch.Generator()}
+    with pytest.raises(TypeError, match='transform=torchvision.transforms.ToTensor.*hand over the data set itself'):
+        list(batches(DataLoader(ImageFolder(tmp_path), 3, **private)))
+
+    def worker():  # an error with a worker in it leaves PyTorch waiting for seconds, so its words stand for it
+        yield from ()
+        raise RuntimeError('Caught RuntimeError in DataLoader worker process 0.\n... stack expects each tensor to be equal size')
+    for data in (ImageFolder(tmp_path), DataLoader(ImageFolder(tmp_path, ToTensor()), 3, **private), worker()):
+        with pytest.raises(ValueError, match='different sizes.*size=64.*Resize'):
+            list(batches(data))
+
+
+def test_errors_of_a_source_are_its_own():
+    def source(error):
+        yield torch.zeros(2, 1), torch.zeros(2, dtype=int)
+        raise error
+    for error in (TypeError('mine'), RuntimeError('mine'), KeyError('mine')):
+        with pytest.raises(type(error), match='mine') as caught:
+            list(batches(source(error)))
+        assert caught.value is error
+
+
+def test_bytes_of_a_loader_are_refused_before_a_model_sees_them():
+    loader = [(torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, dtype=int))]
+    with pytest.raises(TypeError, match=r'uint8.*scale them to \[0, 1\] first: x\.float\(\) / 255'):
+        match_dtype(next(batches(loader)).x, torch.nn.Conv2d(3, 2, 1, device='meta'))
 
 
 def test_batches_move_to_a_device():

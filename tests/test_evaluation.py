@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from robustnb.attacks import FGSM, PGD, Gaussian
+from robustnb.attacks import FGSM, PGD
 from robustnb.data import DataSet
 from robustnb.devices import seeded
 from robustnb.evaluation import Evaluation, accuracy, evaluate
+from robustnb.noises import Gaussian
 
 
 @pytest.fixture(scope='module')

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from robustnb import lsa
-from robustnb.attacks import FGSM, PGD, Gaussian, Pepper, Salt, Speckle
+from robustnb.attacks import FGSM, PGD
 from robustnb.data import DataSet, mnist
 from robustnb.devices import seeded
 from robustnb.lsa import RULES, compare, layer_sustainability
+from robustnb.measures import MEASURES, Measure
 from robustnb.models import build
+from robustnb.noises import Gaussian, Pepper, Salt, Speckle, matched
 from robustnb.stats import rank_agreement
 from robustnb.training import fit
 
@@ -343,3 +345,71 @@ def test_explorer_edges(net, data):
         lsa.explore(net, (data.x[:0], data.y[:0]), FGSM(), show_progress=False)
     few_names = DataSet(data.x[:8], data.y[:8].clamp(max=1), ('cat', '$x'))  # four outputs, two names, one a formula
     lsa.explore(net, few_names, FGSM(0.3), factors=[1.0], show_progress=False).static()
+
+
+def test_gain_and_lipschitz_by_hand(net, data):
+    x_pert = Gaussian(0.2)(net, data.x)
+    table = compare(net, data.x, x_pert).table()
+    means = literal_relative_error(net, data.x, x_pert).mean(1)
+    change, length = ((data.x - x_pert).flatten(1).norm(dim=1), data.x.flatten(1).norm(dim=1))
+    np.testing.assert_allclose(table.gain, means / np.r_[(change / length).mean(), means[:-1]], rtol=1e-4)
+    for row, (a, b) in enumerate(zip(representations(net, data.x), representations(net, x_pert), strict=True)):
+        ratios = [np.linalg.norm(a[m] - b[m]) / change[m].item() for m in range(len(a))]
+        np.testing.assert_allclose(table.lipschitz[row], max(ratios), rtol=1e-4)
+
+
+def test_lipschitz_leaves_out_samples_that_did_not_change(net, data):
+    x_pert = data.x.clone()
+    x_pert[:10] += 0.1
+    whole, some = compare(net, data.x, x_pert), compare(net, data.x[:10], x_pert[:10])
+    np.testing.assert_allclose(whole.table().lipschitz, some.table().lipschitz, rtol=1e-5)
+    assert (compare(net, data.x, data.x).table().lipschitz == 0).all()
+    assert compare(net, data.x, x_pert, measure='mse').table().gain.isna().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize('measure', [name for name, m in MEASURES.items() if m.stream])
+def test_stream_measures_do_not_depend_on_the_batch_size(net, data, measure):
+    def analyse(n):
+        found = layer_sustainability(net, data, [Salt(0.1), FGSM(0.1)], measure=measure, batch_size=n, show_progress=False)
+        assert found.dataset['value'].dims == ('layer', 'perturbation') and found.dataset['size'].shape == (3, 2, 30)
+        return found.table()['mean']
+
+    np.testing.assert_allclose(analyse(4), analyse(1000), rtol=1e-5)
+
+
+def test_accumulators_are_merged_at_once(net, data):
+    "One per layer and perturbation at any time, and not one per batch: linear CKA keeps megabytes in each."
+    import weakref
+
+    alive = weakref.WeakSet()
+
+    class Counting(MEASURES['linear_cka'].fn):
+        def __init__(self):
+            super().__init__()
+            alive.add(self)
+            assert len(alive) <= 2 * 3, "those merged, and those of one piece"
+
+    layer_sustainability(net, data, FGSM(0.1), measure=Measure('cka', Counting), batch_size=4, show_progress=False)
+
+
+@pytest.mark.parametrize('measure', [name for name, m in MEASURES.items() if m.similarity])
+def test_most_vulnerable_by_a_similarity_is_the_least_similar(net, data, measure):
+    result = layer_sustainability(net, data, FGSM(0.2), measure=measure, batch_size=16, show_progress=False)
+    table, found = result.table(), result.most_vulnerable()
+    assert found.layers == [table.layer[table['mean'].argmin()]] and '1 - value' in found.reason
+    loaded = result.most_vulnerable(k=3).ranking
+    assert loaded['mean'].is_monotonic_increasing and loaded.score.is_monotonic_decreasing
+    np.testing.assert_allclose(table.gain[1:], (1 - table['mean'][1:].values) / (1 - table['mean'][:-1].values), rtol=1e-5)
+
+
+def test_the_explorer_knows_similarities_and_perturbations_without_a_strength(net, data):
+    def mirror(model, x, y):
+        return x.flip(-1)
+
+    several = [Gaussian(0.1), matched(Gaussian(), mirror), matched(Gaussian(), FGSM(0.1))]
+    explorer = lsa.explore(net, data, several, factors=[1.0, 2.0], measures='topk_overlap', samples=12, show_progress=False)
+    assert 'smallest in' in explorer.describe(**explorer.state)
+    assert 'times its strength' not in explorer.static(perturbation='Gaussian as mirror').axes[0].get_title()
+    bundle_sizes = {name: explorer.describe(**(explorer.state | {'perturbation': name, 'strength': 2.0})) for name in
+                    ('Gaussian as mirror', 'Gaussian as FGSM')}
+    assert len(set(bundle_sizes.values())) == 2

@@ -1,5 +1,6 @@
 """Figures: what they accept and refuse, where things stand on them, and that nobody else notices."""
 
+import hashlib
 import io
 import os
 import subprocess
@@ -16,7 +17,20 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from robustnb import plots
-from robustnb.plots import COLORS, color_of, curves, feature_maps, figure, heatmap, html_image, image_strip, png, style
+from robustnb.plots import (
+    COLORS,
+    color_of,
+    curves,
+    feature_maps,
+    figure,
+    heatmap,
+    html_image,
+    image_strip,
+    panels,
+    png,
+    spread,
+    style,
+)
 
 EPS = np.array([0, 0.1, 0.2, 0.3])
 
@@ -36,7 +50,7 @@ def texts(fig: Figure) -> list:
         for tick in axis.get_major_ticks()
         if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
     }
-    found = [t for ax in fig.axes for t in ax.findobj(matplotlib.text.Text)]
+    found = fig.findobj(matplotlib.text.Text)
     return [t for t in found if t.get_text().strip() and t.get_visible() and id(t) not in outside]
 
 
@@ -70,6 +84,8 @@ def test_global_state_is_untouched():
         image_strip(np.zeros((2, 4, 4))),
         feature_maps({'a': np.zeros((3, 4, 4)), 'b': np.ones((3, 4, 4))}),
         feature_maps({'a': np.zeros(3), 'b': np.ones(3)}),
+        panels(EPS, {'one': {'a': EPS}}, 'x', 'y'),
+        spread(['a', 'b'], {'PGD': np.eye(2)}, 'x', 'y'),
     ]
     for fig in figs:
         png(fig)
@@ -96,9 +112,13 @@ def test_pyplot_is_neither_needed_nor_filled():
         'assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules\n'
         'import matplotlib.pyplot as plt\n'
         'p.heatmap([[1]]); assert not plt.get_fignums()\n'
+        'import hashlib\n'
+        'print(hashlib.sha256(p.png(p.panels([1, 2], {"m": {"b": [1, 2], "a": [2, 1]}}, "x", "y", "t"))).hexdigest())\n'
     )
     ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 0, ran.stderr
+    again = png(panels([1, 2], {'m': {'b': [1, 2], 'a': [2, 1]}}, 'x', 'y', 't'))
+    assert ran.stdout.strip() == hashlib.sha256(again).hexdigest(), 'the same figure is the same file in every process'
 
 
 def test_a_notebook_shows_a_figure_once():
@@ -117,25 +137,49 @@ def test_colors():
         color_of('z', names)
 
 
-# How dichromats see a colour in linear RGB (Viénot, Brettel and Mollon, 1999).
+# How dichromats see a colour in linear RGB: two of Viénot, Brettel and Mollon (1999), three of Machado, Oliveira and
+# Fernandes (2009, severity 1).
 DICHROMAT = {
+    'protanopia': [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    'deuteranopia': [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    'tritanopia': [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
     'protan': [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
     'deutan': [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
 }
 
 
-@pytest.mark.parametrize('vision', [None, *DICHROMAT])
-def test_colors_differ_for_every_reader(vision):
-    rgb = np.array([mcolors.to_rgb(c) for c in COLORS])
+def lab(rgb: np.ndarray, vision: str | None) -> np.ndarray:
+    "CIE L*a*b* of colours (n, 3), as a reader with `vision` sees them."
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     if vision:
         linear = np.clip(linear @ np.array(DICHROMAT[vision]).T, 0, 1)
-    xyz = linear @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
-    f = np.cbrt(xyz / xyz.max(initial=1))
-    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
-    distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1e3 * np.eye(len(lab))
-    assert distance.min() > 10  # 2.3 is a just noticeable difference
-    assert lab[:, 0].max() < 80, 'too light on white paper'
+    white = np.array([0.95047, 1, 1.08883])
+    xyz = linear @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T / white
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+def distances(colors: np.ndarray) -> np.ndarray:
+    "(n, n) distances of colours; a colour is far from itself."
+    return np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 1e3 * np.eye(len(colors))
+
+
+@pytest.mark.parametrize('vision', [None, *DICHROMAT])
+def test_colors_differ_for_every_reader(vision):
+    seen = lab(np.array([mcolors.to_rgb(c) for c in COLORS]), vision)
+    assert distances(seen).min() > 15  # 2.3 is a just noticeable difference
+    assert distances(seen)[0, 1] > 85, 'most figures have two series'
+    assert seen[:, 0].max() < 80, 'too light on white paper'
+
+
+@pytest.mark.parametrize('vision', [None, *DICHROMAT])
+def test_colour_maps_work_for_every_reader(vision):
+    amount = lab(matplotlib.colormaps[plots._AMOUNT](np.linspace(0, 1, 33))[:, :3], vision)
+    assert (np.diff(amount[:, 0]) < 0).all(), 'more is always darker'
+    signed = lab(matplotlib.colormaps[plots._SIGNED](np.linspace(0, 1, 33))[:, :3], vision)
+    lightness = signed[:, 0]
+    assert lightness.argmax() == 16 and (np.diff(lightness[:17]) > 0).all() and (np.diff(lightness[16:]) < 0).all()
+    assert np.linalg.norm(signed[4] - signed[-5]) > 25, 'less and more are not confused'
 
 
 @pytest.mark.parametrize('rows, cols', [(1, 1), (1, 3), (2, 2), (3, 1)])
@@ -190,18 +234,20 @@ def brute_force_spread(wanted, gap, low, high):
 @settings(max_examples=60, deadline=None)
 def test_spread_is_the_best_there_is(wanted):
     pytest.importorskip('scipy')
-    got = plots._spread(wanted, 12, 0, 100)
+    got = plots._apart(wanted, 12, 0, 100)
     assert np.all(np.diff(got) >= 12 - 1e-9) and got.min() >= -1e-9 and got.max() <= 100 + 1e-9
     best = brute_force_spread(wanted, 12, 0, 100)
     assert ((got - wanted) ** 2).sum() <= ((best - wanted) ** 2).sum() + 1e-3
 
 
 def test_spread_without_room_stays_in_order():
-    assert np.all(np.diff(plots._spread([0, 1, 2], 40, 0, 50)) == 40)
+    assert np.all(np.diff(plots._apart([0, 1, 2], 40, 0, 50)) == 40)
 
 
 LAYERS = [f'features.{i}' for i in range(14)]
 MANY = [f'layer{i // 6}.{i % 6}.conv{i % 2}' for i in range(53)]
+LONG = {f'a method with quite a long name {i}': EPS * i for i in range(10)}
+DEEP = [f'features.denseblock{i}.denselayer12.norm1.running_mean' for i in range(6)]
 AT_ZERO = {f'attack {i}': np.maximum(0.9 - (4 + i) * EPS, 0) for i in range(6)}
 
 
@@ -227,11 +273,32 @@ AT_ZERO = {f'attack {i}': np.maximum(0.9 - (4 + i) * EPS, 0) for i in range(6)}
         lambda: feature_maps({'clean': np.zeros((2, 9, 4)), 'perturbed': np.ones((2, 9, 4))}, title='Tall'),
         lambda: feature_maps({'clean': np.zeros(10), 'FGSM': np.ones(10), 'PGD': -np.ones(10)}, title='Logits'),
         lambda: feature_maps({'clean': np.zeros(500), 'PGD': -np.ones(500)}, title='Many units'),
+        lambda: panels(EPS, {'a model': AT_ZERO}, 'eps', 'accuracy', 'One panel', percent=True),
+        lambda: panels(EPS, {f'model {i}': {'a': EPS} for i in range(5)}, 'eps', 'error', 'Numbers above a gap'),
+        lambda: panels(
+            LAYERS, {f'model {i}': {'a': range(14)} for i in range(7)}, 'layer', 'error', 'Names above a gap'
+        ),
+        lambda: panels(EPS, {f'layer{i // 4}.{i % 4}.bottleneck.conv{i}': {'a': EPS} for i in range(14)}, 'eps', 'y'),
+        lambda: panels(EPS, {c: LONG for c in 'abcd'}, 'eps', 'y', 'A title of very many words ' * 4, percent=True),
+        lambda: spread(LAYERS, {'noise': np.eye(14), 'PGD': np.eye(14) + 1}, 'layer', 'relative error', 'Spread'),
+        lambda: spread(MANY, {name: np.eye(53) for name in list(LONG)[:3]}, 'layer', 'relative error', 'Many layers'),
+        lambda: curves(EPS, LONG, 'eps', 'y', 'A title of very many words ' * 4),
+        lambda: heatmap(np.eye(50, 40), MANY[:50], MANY[:40], 'attack', 'layer', 'Fifty by forty', label='error'),
+        lambda: heatmap(np.eye(5, 6), DEEP[:5], DEEP[:6], title='Long names', signed=True, label='rank correlation'),
+        lambda: heatmap(np.full((5, 9), 1e6), title='Numbers that find no room'),
+        lambda: heatmap([[1.0, 2.0, 3.0]], ['one row'], list('abc'), label='error'),
+        lambda: heatmap([[1.0], [2.0]], list('ab'), ['one column'], signed=True),
+        lambda: image_strip(
+            {'clean': np.eye(30).reshape(30, 1, 5, 6), 'PGD': np.zeros((30, 5, 6))}, LAYERS * 2 + ['a'] * 2
+        ),
+        lambda: image_strip({'signal': np.zeros((3, 1, 1, 784)), 'change': np.zeros((3, 1, 784))}, signed=['change']),
+        lambda: image_strip({'a': np.zeros((1, 3, 64, 64)), 'b': np.zeros((1, 8, 8))}, {'a': ['3'], 'b': ['8 ' * 40]}),
+        lambda: feature_maps({'clean': np.zeros((64, 7, 7)), 'PGD': np.ones((64, 7, 7))}, top=20, title='Twenty'),
     ],
 )
 def test_legible_at_600_pixels(make):
     fig = make()
-    assert pixels(fig).shape[1] == 600
+    assert fig.get_size_inches()[0] * fig.dpi == 600
     assert_legible(fig)
 
 
@@ -318,6 +385,91 @@ def test_wrong_lengths(entry, shape):
         curves(EPS, {'PGD': entry}, 'x', 'y')
 
 
+# ---------------------------------------------------------------------------------------------- panels and spread
+
+
+@given(st.text('ab ._/', max_size=60), st.integers(4, 30))
+@settings(max_examples=60, deadline=None)
+def test_folded_names_lose_no_letter(name, width):
+    folded = plots._fold(name, width)
+    assert max(map(len, folded.split('\n'))) <= width
+    assert ''.join(folded.split()) == ''.join(name.split())
+
+
+@given(st.lists(st.text('ab.', max_size=12), max_size=5), st.integers(5, 9))
+@settings(max_examples=60, deadline=None)
+def test_short_names_stay_different(names, width):
+    short = plots._short(names, width)
+    assert [a == b for a in names for b in names] == [a == b for a in short for b in short]
+    assert short == names or max(map(len, short)) <= width
+    assert all(new == old for new, old in zip(short, names, strict=True) if len(old) <= width)
+
+
+@pytest.mark.parametrize('count', [1, 5])
+def test_panels_share_axes_and_colours(count):
+    series = {f's{i}': EPS * (i + 1) for i in range(9)}
+    tables = {
+        f'p{i}': {name: v for j, (name, v) in enumerate(series.items()) if i == 0 or (i + j) % 3} for i in range(count)
+    }
+    fig = panels(EPS, tables, 'x', 'y', 'title')
+    assert [ax.get_title('left') for ax in fig.axes] == list(tables)
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in fig.axes}) == 1
+    for ax, table in zip(fig.axes, tables.values(), strict=True):
+        drawn = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in ax.lines}
+        assert drawn == {name: (color_of(name, series), '-' if name < 's7' else '--') for name in table}
+    (legend,) = fig.legends
+    assert [t.get_text() for t in legend.get_texts()] == list(series) and legend.get_title().get_text() == 'title'
+
+
+def test_panels_write_numbers_at_the_outer_edge_only():
+    fig = panels(EPS, {c: {'a': EPS} for c in 'abcde'}, 'x', 'y')
+    fig.draw_without_rendering()
+    shown = [
+        (any(t.get_visible() for t in ax.get_xticklabels()), any(t.get_visible() for t in ax.get_yticklabels()))
+        for ax in fig.axes
+    ]
+    assert shown == [(False, True), (False, False), (True, False), (True, True), (True, False)]
+
+
+def test_panels_draw_what_curves_draw():
+    entry = ([1, 2, np.nan, 4], [0, 1, 2, 3], [2, 3, 4, 5])
+    ours, theirs = panels(EPS, {'m': {'a': entry}}, 'x', 'y'), curves(EPS, {'a': entry}, 'x', 'y')
+    assert np.array_equal(line_data(ours)['a'], line_data(theirs)['a'], equal_nan=True)
+    bands = [fig.axes[0].collections[0].get_paths()[0].vertices for fig in (ours, theirs)]
+    assert np.array_equal(*bands)
+
+
+def test_panels_at_the_edge(recwarn):
+    png(panels(EPS, {'empty': {}}, 'x', 'y'))
+    png(panels([], {'m': {'a': []}}, 'x', 'y', 'No points'))
+    png(panels(EPS, {'m': {'a': EPS * np.nan}, 'n': {}}, 'x', 'y', percent=True))
+    assert not recwarn.list
+    with pytest.raises(ValueError, match='no panel to draw'):
+        panels(EPS, {}, 'x', 'y')
+    with pytest.raises(ValueError, match="series 'PGD' has shape"):
+        panels(EPS, {'m': {'PGD': [1]}}, 'x', 'y')
+
+
+def test_spread_draws_five_quantiles():
+    sets = [np.arange(101.0), [7, np.nan, np.inf], []]
+    ax = spread(['a', 'b', 'c'], {'one': sets, 'two': sets}, 'x', 'y').axes[0]
+    boxes = [(bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches]
+    assert boxes[:2] == [(25, 75), (7, 7)] and np.isnan(boxes[2]).all()
+    lines = [[path[:, 1].tolist() for path in lines.get_segments() if len(path)] for lines in ax.collections[:2]]
+    assert [5, 25] in lines[0] and [75, 95] in lines[0] and lines[1][0] == [50, 50]
+    centres = np.array([bar.get_x() + bar.get_width() / 2 for bar in ax.patches]).reshape(2, 3)
+    assert np.allclose(centres.mean(0), [0, 1, 2]) and (centres[0] < centres[1]).all()
+
+
+def test_spread_at_the_edge(recwarn):
+    png(spread(['a'], {'x': [[]]}, 'x', 'y'))
+    png(spread([], {'x': []}, 'x', 'y'))
+    png(spread(['a'], {}, 'x', 'y'))
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="series 'x' has 1 sets of values, but x has 2 entries"):
+        spread(['a', 'b'], {'x': [[1, 2]]}, 'x', 'y')
+
+
 # -------------------------------------------------------------------------------------------------------- heatmap
 
 
@@ -329,6 +481,14 @@ def test_heatmap_of_a_table_and_of_an_array():
         assert {'0.25', '-1.00', '2.00', '–'} <= set(words)
     assert {'r1', 'r2', 'c1', 'c2'} <= {t.get_text() for t in texts(heatmap(table))}
     assert '25%' in [t.get_text() for t in texts(heatmap(table, write='{:.0%}'))]
+
+
+def test_a_label_stands_beside_the_colours():
+    small, large = heatmap(np.eye(2), label='error (%)'), heatmap(np.eye(30), label='error (%)')
+    assert [fig.axes[1].get_ylabel() for fig in (small, large)] == ['error (%)'] * 2
+    assert len(heatmap(np.eye(2)).axes) == 1 and len(heatmap(np.eye(30)).axes) == 2
+    assert '1.00' in boxes(small), 'the numbers stay in their cells'
+    assert not heatmap(np.full((5, 9), 1e6)).axes[0].texts, 'numbers that find no room are left to the colours'
 
 
 def test_zero_is_white_when_signed():
@@ -419,6 +579,32 @@ def test_rows_of_different_length():
     assert len(tiles(image_strip({'a': np.zeros((3, 4, 4)), 'b': np.zeros((1, 4, 4))}))) == 4
 
 
+def test_many_images_are_broken_into_lines():
+    rows = {'clean': np.arange(30.0)[:, None, None] * np.ones((2, 2)) / 30, 'PGD': np.zeros((25, 2, 2))}
+    fig = image_strip(rows, titles=[str(i) for i in range(30)])
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ['clean', 'PGD'] * 3
+    left, top = np.array([image.get_extent()[::3] for image in fig.axes[0].images]).T
+    assert len(left) == 55 and left.max() < 10
+    assert np.allclose([tile.mean() for tile in tiles(fig)[20:30]], np.arange(10, 20) / 30, atol=1 / 128)
+    assert (np.diff(top) >= 0).all(), 'line by line, row by row'
+    assert {str(i) for i in range(30)} <= set(boxes(fig))
+
+
+@pytest.mark.parametrize('shape', [(1, 784), (784, 1), (1, 1), (16, 64)])
+def test_images_of_every_shape_can_be_seen(shape):
+    fig = image_strip(np.zeros((3, *shape)))
+    assert fig.get_size_inches()[1] < 8
+    fig.draw_without_rendering()
+    assert all(min(image.get_window_extent().size) > 15 for image in fig.axes[0].images)
+
+
+def test_a_large_image_is_averaged_and_not_sampled():
+    stripes = np.tile([0.0, 1.0], (8, 1, 224, 112))
+    shown = pixels(image_strip(stripes))[..., :3].mean(-1)
+    line = shown[shown.shape[0] // 2, 20:60]
+    assert line.min() > 0.2 and line.max() < 0.8
+
+
 def test_pixels_that_are_not_finite(recwarn):
     images = np.array([[[0.0, np.nan], [np.inf, 1.0]]])
     png(image_strip(images))
@@ -434,7 +620,7 @@ def test_pixels_that_are_not_finite(recwarn):
         (lambda: image_strip(np.zeros((0, 4, 4))), 'needs images'),
         (lambda: image_strip({}), 'no row of images'),
         (lambda: image_strip({'a': np.zeros((1, 4, 4))}, signed=['b']), r"no such row: \['b'\]; the rows are \['a'\]"),
-        (lambda: image_strip({'a': np.zeros((1, 4, 4))}, titles={'b': ['3']}), "no such row: "),
+        (lambda: image_strip({'a': np.zeros((1, 4, 4))}, titles={'b': ['3']}), 'no such row: '),
     ],
 )
 def test_bad_images(call, message):

@@ -86,11 +86,11 @@ def test_tour_on_mnist(data_root, monkeypatch):
 @pytest.mark.parametrize(('noise', 'attack'), [('Gaussian(0.1)', 'FGSM(0.1)'), ('SaltPepper(0.1)', 'PGD(0.1, steps=1)')])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_any_pair_and_precision(noise, attack, dtype):
-    from robustnb import attacks
+    from robustnb import attacks, noises
 
     with seeded(0):
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).to(dtype)
-    noise, attack = (eval(p, vars(attacks)) for p in (noise, attack))
+    noise, attack = (eval(p, vars(noises) | vars(attacks)) for p in (noise, attack))
     data = DataSet(torch.rand(9, 1, 8, 8), torch.arange(9) % 3, ('a', '$b$', r'$\c'))  # fewer names than outputs
     found = full_report(net, data, attack, noise, eps=[0.1], show_progress=False)
     assert set(found.results['profile'].perturbations) == {noise.name, attack.name, 'FGSM', 'SaltPepper'}

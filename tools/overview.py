@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from robustnb.attacks import FGSM, PGD, Gaussian
+from robustnb.attacks import FGSM, PGD
 from robustnb.data import digits
 from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
+from robustnb.noises import Gaussian
 from robustnb.plots import curves, figure, style
 from robustnb.training import trained
 

@@ -1,0 +1,219 @@
+"""Inputs and models as people have them: what is wrong is refused with a reason, what is only unusual works.
+
+Each row goes through every public door that takes a model and data. The doors that only take data have their rows in
+test_data.py.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from robustnb.attacks import FGSM
+from robustnb.devices import seeded
+from robustnb.evaluation import accuracy, evaluate
+from robustnb.guard import Normalized
+from robustnb.lsa import layer_sustainability
+from robustnb.noises import Gaussian, matched
+
+PERTURBATIONS = [Gaussian(0.1), matched(Gaussian(), FGSM(0.05)), FGSM(0.05)]
+
+
+def measure_accuracy(model, data, **kw):
+    return accuracy(model, data, **kw)
+
+
+def measure_robustness(model, data, **kw):
+    return evaluate(model, data, PERTURBATIONS, show_progress=False, **kw).table()['accuracy'].to_numpy()
+
+
+def measure_layers(model, data, **kw):
+    result = layer_sustainability(model, data, PERTURBATIONS, show_progress=False, **kw)
+    return result.table()['mean'].to_numpy()
+
+
+DOORS = {'accuracy': measure_accuracy, 'evaluate': measure_robustness, 'layer_sustainability': measure_layers}
+every_door = pytest.mark.parametrize('door', DOORS)
+
+
+def make_net() -> nn.Sequential:
+    "Convolution, batch norm, dropout and an in-place ReLU, with statistics that are not the initial ones."
+    with seeded(0):
+        net = nn.Sequential(
+            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Flatten(), nn.Linear(216, 3)
+        )
+        net.train()
+        net(torch.rand(32, 1, 8, 8))
+    return net.eval()
+
+
+def images(n: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(n, 1, 8, 8, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+
+
+def spoilt(value: float) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = images()
+    x[3, 0, 2, 2] = value
+    return x, y
+
+
+# name -> (data, error, words, doors that let it through because they have no reason to refuse it)
+REFUSED = {
+    'a NaN pixel': (spoilt(float('nan')), ValueError, 'NaN or infinity in sample 3', ()),
+    'an infinite pixel': (spoilt(float('inf')), ValueError, 'NaN or infinity in sample 3', ()),
+    'pixels outside [0, 1]': (((images()[0] - 0.5) / 0.25, images()[1]), ValueError, 'Normalized', ('accuracy',)),
+    'pixels from 0 to 255': ((images()[0] * 255, images()[1]), ValueError, 'outside the bounds', ('accuracy',)),
+    'uint8 images': (((images()[0] * 255).byte(), images()[1]), TypeError, r'scale them to \[0, 1\]', ()),
+    'no samples': (images(0), ValueError, 'empty', ()),
+    'fractional labels': ((images()[0], images()[1].float()), TypeError, 'integer class indices', ()),
+    'one-hot labels': ((images()[0], torch.eye(3)[images()[1]]), TypeError, 'one-hot', ()),
+    'one-hot integers': (
+        (images()[0], torch.eye(3).long()[images()[1]]), ValueError, 'one class index', ()
+    ),
+    'labels from 1': ((images()[0], images()[1] + 1), ValueError, 'labels run from', ()),
+    'a negative label': ((images()[0], images()[1] - 1), ValueError, 'labels run from', ()),
+    'too few labels': ((images()[0], images()[1][:-1]), ValueError, '24 samples and 23 labels|24 samples, 23 labels', ()),
+    'a single number': ((images()[0][0, 0, 0, 0], images()[1][0]), TypeError, 'a row for each sample', ()),
+    'a single image': ((images()[0][0], images()[1][0]), TypeError, 'a row for each sample', ()),
+    'an iterable of samples': ([(images()[0][0, 0, 0, 0], images()[1][0])], TypeError, 'batch', ()),
+    'dictionaries': ([{'image': images()[0], 'label': images()[1]}], TypeError, 'pick them out', ()),
+    'words': (['a', 'b'], TypeError, 'expected batches', ()),
+}
+
+
+@every_door
+@pytest.mark.parametrize('row', REFUSED)
+def test_what_is_wrong_is_refused_with_a_reason(row, door):
+    data, error, words, passing = REFUSED[row]
+    net = make_net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    if door in passing:
+        with contextlib.suppress(error):  # targets of a regression may be profiled; attacks refuse them by themselves
+            DOORS[door](net, data)
+    else:
+        with pytest.raises(error, match=words):
+            DOORS[door](net, data)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not any(m.training for m in net.modules())
+
+
+def test_every_refusal_comes_before_the_first_result():
+    "A loader that turns bad in its second batch stops there, and not with an average over what it has seen."
+    (x, y), (bad, _) = images(), spoilt(float('nan'))
+    for door in DOORS.values():
+        with pytest.raises(ValueError, match='sample 3'):
+            door(make_net(), [(x, y), (bad, y)])
+
+
+class Tuple(nn.Module):
+    "Returns its logits beside something else."
+
+    def __init__(self, net, kind):
+        super().__init__()
+        self.net, self.kind = net, kind
+
+    def forward(self, x):
+        logits = self.net(x)
+        return {'tuple': (logits, x), 'dict': {'hidden': x, 'logits': logits}}[self.kind]
+
+
+def frozen(net):
+    return net.requires_grad_(False)
+
+
+def in_training_mode(net):
+    return net.train()
+
+
+def half_frozen(net):
+    net.train()
+    net[1].eval()
+    return net
+
+
+UNUSUAL_MODELS = {
+    'training mode': in_training_mode,
+    'batch norm frozen in training mode': half_frozen,
+    'frozen parameters': frozen,
+    'inside Sequential with a normalisation': lambda net: nn.Sequential(nn.Identity(), net),
+    'inside Normalized': lambda net: Normalized(net, 0.0, 1.0),
+    'inside DataParallel': nn.DataParallel,
+    'compiled': lambda net: torch.compile(net, backend='eager'),
+    'returns a tuple': lambda net: Tuple(net, 'tuple'),
+    'returns a dictionary': lambda net: Tuple(net, 'dict'),
+}
+
+
+@every_door
+@pytest.mark.parametrize('row', UNUSUAL_MODELS)
+def test_unusual_models_give_the_same_numbers(row, door):
+    expected = DOORS[door](make_net(), images())
+    model = UNUSUAL_MODELS[row](make_net())
+    modes = [m.training for m in model.modules()]
+    np.testing.assert_allclose(DOORS[door](model, images()), expected, rtol=1e-4, atol=1e-6)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def strided(x):
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+UNUSUAL_DATA = {
+    'float64 images': lambda x, y: (x.double(), y),
+    'int32 labels': lambda x, y: (x, y.int()),
+    'uint8 labels': lambda x, y: (x, y.byte()),
+    'NumPy arrays': lambda x, y: (x.numpy(), y.numpy()),
+    'images with a gradient': lambda x, y: (x.clone().requires_grad_(), y),
+    'images that are not contiguous': lambda x, y: (strided(x), y),
+    'a data set': lambda x, y: TensorDataset(x, y),
+    'a loader with a short last batch': lambda x, y: DataLoader(TensorDataset(x, y), batch_size=7),
+    'a loader with workers': lambda x, y: DataLoader(TensorDataset(x, y), batch_size=9, num_workers=1),
+    'a list of batches': lambda x, y: [(x[:5], y[:5]), (x[5:], y[5:])],
+}
+
+
+@every_door
+@pytest.mark.parametrize('row', UNUSUAL_DATA)
+def test_unusual_data_give_the_same_numbers(row, door):
+    expected = DOORS[door](make_net(), images())
+    data = UNUSUAL_DATA[row](*images())
+    np.testing.assert_allclose(DOORS[door](make_net(), data), expected, rtol=2e-3, atol=1e-5)
+
+
+@every_door
+@pytest.mark.parametrize('caller', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_does_not_matter_who_calls(caller, door):
+    expected, net = DOORS[door](make_net(), images()), make_net()
+    with caller():
+        found = DOORS[door](net, images())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@every_door
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_models_in_other_precisions_come_close(dtype, door):
+    expected = DOORS[door](make_net(), images())
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.15, torch.float64: 1e-4}[dtype]
+    found = DOORS[door](make_net().to(dtype), images())
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+@every_door
+def test_one_by_one_is_the_same_as_all_at_once(door):
+    together, alone = (DOORS[door](make_net(), images(), batch_size=n) for n in (24, 1))
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+
+@every_door
+def test_silent_layers_and_batch_norm_with_one_sample(door):
+    net = make_net()
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[1].bias.fill_(-1)  # nothing passes the ReLU: 0/0 at this layer
+    value = DOORS[door](net, images(1))
+    assert np.isfinite(value).all()
