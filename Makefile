@@ -24,6 +24,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c c
 DECLARED := settings.ini setup.py constraints.txt
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 # Present while pip writes, and left there when it is interrupted or killed: then the files cannot be trusted.
 UNFINISHED := $(VENV)/.install-unfinished
 
@@ -58,6 +59,13 @@ lab: $(DEV)  ## JupyterLab on the notebooks
 notebooks: $(DEV)  ## run the notebooks again for their committed outputs; NB='nbs/30_lsa.ipynb' picks
 	@$(BIN)/python tools/run_notebooks.py $(ARGS) $(NB)
 
+.PHONY: docs
+docs: $(DOCS)  ## the site from the notebooks and their outputs, in _docs
+	@$(BIN)/python tools/docs.py
+
+.PHONY: env
+env: $(DEV)  ## install only
+
 .PHONY: clean-env
 clean-env:  ## remove the environment
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo '$(VENV) is not a virtual environment'; exit 1; }
@@ -73,3 +81,6 @@ $(RUNTIME): $(DECLARED)
 
 $(DEV): $(RUNTIME)
 	$(call install,what development needs,.[dev])
+
+$(DOCS): $(DEV)
+	$(call install,what the site needs,.[docs])

@@ -70,6 +70,9 @@ class _Objective:
     def gradient(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         loss, _ = self.losses(x)
+        if not loss.requires_grad:
+            raise ValueError('the loss has no gradient at the inputs: the output of the model is not differentiable, as after '
+                             'argmax, round or detach. Attacks need its logits')
         self.backwards += 1
         return torch.autograd.grad(loss.sum(), x)[0]
 
@@ -131,6 +134,11 @@ class Attack(Perturbation):
     "A perturbation that climbs the model's loss. Subclasses define `search`."
     loss: str | Callable = field(default='ce', kw_only=True)  # name in `LOSSES`, or a function (logits, y) -> (batch,)
     norm: Linf = field(default=Linf(), kw_only=True)  # the shape of the allowed set
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.norm, Linf):
+            raise TypeError(f'norm takes an object that knows its geometry, Linf(), got {self.norm!r}')
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
         "The adversarial inputs alone, (batch, ...)."

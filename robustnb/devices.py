@@ -68,6 +68,8 @@ def device_of(
     model: nn.Module,  # any module
 ) -> torch.device:  # where its first parameter or buffer lies; the CPU if it has none
     "The device on which `model` expects its input."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'a model must be a torch.nn.Module, got {type(model).__name__}; the model comes first, then the data')
     tensor = next(model.parameters(), next(model.buffers(), None))
     return torch.device('cpu') if tensor is None else tensor.device
 

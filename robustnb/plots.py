@@ -203,7 +203,8 @@ def _tall_enough(series: Mapping[str, Any]) -> float:
 
 # %% ../nbs/11_plots.ipynb #74cb8010
 def _draw_lines(
-    ax: Axes, x: Sequence, series: Mapping[str, Any], names: Sequence[str], ylim: tuple | None, percent: bool
+    ax: Axes, x: Sequence, series: Mapping[str, Any], names: Sequence[str], ylim: tuple | None, percent: bool,
+    joined: bool = True,
 ) -> dict[str, float]:
     "Draw each series with its band, in the colour that it has among `names`; gives the height where each line ends."
     named = any(isinstance(place, str) for place in x)
@@ -212,8 +213,12 @@ def _draw_lines(
     for name, entry in series.items():
         values, low, high = _triple(name, entry, len(x))
         color, line = color_of(name, names), '-' if names.index(name) < len(COLORS) else '--'
-        ax.plot(places, values, line, marker=marker, color=color, label=name)
-        ax.fill_between(places, low, high, color=color, alpha=0.16, linewidth=0)
+        if joined:
+            ax.plot(places, values, line, marker=marker, color=color, label=name)
+            ax.fill_between(places, low, high, color=color, alpha=0.16, linewidth=0)
+        else:
+            ax.plot(places, values, 'o', color=color, label=name, markersize=7)
+            ax.vlines(places, low, high, color=color, alpha=0.5)
         if np.isfinite(values).any():
             ends[name] = values[np.isfinite(values)][-1]
     if ylim is not None:
@@ -234,11 +239,12 @@ def curves(
     title: str | None = None,  # what is seen
     ylim: tuple[float, float] | None = None,  # ends of the y axis; None to fit the data
     percent: bool = False,  # the values are fractions; write them as percentages
+    joined: bool = True,  # False draws points with their intervals, for things that have no order
     ax: Axes | None = None,  # where to draw; None for a figure of its own
 ) -> Figure:
     "Draw each series as a line with a band between `low` and `high`, and write its name where the line ends."
     ax = figure(height=_tall_enough(series))[1] if ax is None else ax
-    ends = _draw_lines(ax, x, series, list(series), ylim, percent)
+    ends = _draw_lines(ax, x, series, list(series), ylim, percent, joined)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=_fold(title or '', 74))
     if _named_directly(series):
         _name_ends(ax, ends, {name: color_of(name, series) for name in series})

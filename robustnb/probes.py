@@ -76,7 +76,9 @@ def _nothing_chosen(model: nn.Module, where) -> ValueError:
     "The error for an empty choice, with the layers that there are."
     leaves = [f'{name} ({type(m).__name__})' for name, m in model.named_modules() if name and not [*m.children()]]
     shown = ', '.join(leaves[:20]) + (f' and {len(leaves) - 20} more' if len(leaves) > 20 else '')
-    return ValueError(f'where={where!r} chooses no layer of this {type(model).__name__}; there are {shown or "none"}')
+    return ValueError(f'where={where!r} chooses no layer of this {type(model).__name__}; there are {shown or "none"}. '
+                      "`where` takes names of them, patterns such as 'conv*', types of modules, or one of the words "
+                      "'activations', 'weights', 'blocks'")
 
 # %% ../nbs/10_probes.ipynb #7a523595
 def select(

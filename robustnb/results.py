@@ -129,7 +129,7 @@ def _pack_values(name: str, values: np.ndarray) -> tuple[dict, np.ndarray | None
         return {}, _as_array(name, values)
     if kind in 'mM':
         return {'time': values.dtype.str}, _as_array(name, values.view('int64'))
-    if kind in 'OU' or values.dtype == getattr(np.dtypes, 'StringDType', lambda: None)():  # since NumPy 2
+    if kind in 'OU' or kind == 'T' and values.dtype == np.dtypes.StringDType():  # not one of its variants
         words = {'words': values.ravel().tolist(), 'shape': values.shape}
         return words | {'type': values.dtype.str if kind == 'U' else kind}, None
     raise TypeError(f'variable {name!r} has the type {values.dtype}, which cannot be saved; use numbers, words or times')
@@ -367,6 +367,12 @@ def _same_numbers(value: Any) -> Any:
         return {key: _same_numbers(item) for key, item in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
+def _plain_dict(values: Mapping[str, Any], place: str) -> dict:
+    "A copy of `values` in plain ones, if they have names."
+    if not isinstance(values, Mapping):
+        raise TypeError(f'{place} is a {type(values).__name__}; it should be a dict')
+    return _plain(values, place)
+
 def _canonical(values: Mapping[str, Any]) -> str:
     "The one way in which plain values are written where they are compared."
     return json.dumps(_same_numbers(values), sort_keys=True, separators=(',', ':'))
@@ -376,7 +382,7 @@ def task_key(
     task: Mapping[str, Any],  # plain values: None, bool, int, float, str, and lists and dicts of them
 ) -> str:  # 64 hexadecimal digits; also a good name for a file that belongs to the task
     "The SHA-256 of what a task says, whatever the order of its keys."
-    return hashlib.sha256(_canonical(_plain(task, 'task')).encode()).hexdigest()
+    return hashlib.sha256(_canonical(_plain_dict(task, 'task')).encode()).hexdigest()
 
 # %% ../nbs/13_results.ipynb #5fcc9634
 def _line(values: Mapping[str, Any]) -> bytes:
@@ -426,7 +432,7 @@ def _read_new(path: Path, start: int) -> tuple[list[bytes], bytes]:
 def _parse(path: Path, number: int, line: bytes) -> dict:
     "What a line says, or an error with its number."
     if not _sound(line):
-        advice = 'restore the file, or delete this line and do its task again'
+        advice = 'restore the file' if number == 1 else 'restore the file, or delete this line and do its task again'
         raise ValueError(f'line {number} of {path} is damaged: {line[:40]!r}; {advice}')
     return json.loads(line)
 
@@ -443,12 +449,25 @@ def _lock(file: int, hold: bool) -> None:
 
 # %% ../nbs/13_results.ipynb #40d409f9
 log = logging.getLogger(__name__)
-_NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL
+_NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
 
 @functools.cache
 def _warn_of_no_locks(path: Path) -> None:
     "Say once for each file that it cannot be locked."
     log.warning('%s cannot be locked where it is: let one process at a time add records', path)
+
+def _could_lock(file: int, path: Path) -> bool:
+    "Wait for the lock of an open file, if there are locks where it is."
+    try:
+        _lock(file, True)
+        return True
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    _warn_of_no_locks(path)
+    return False
 
 @contextmanager
 def _appending(path: Path) -> Iterator[int]:
@@ -457,13 +476,7 @@ def _appending(path: Path) -> Iterator[int]:
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
     locked = False
     try:
-        try:
-            _lock(file, True)
-            locked = True
-        except (ImportError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise
-            _warn_of_no_locks(path)
+        locked = _could_lock(file, path)
         yield file
     finally:
         if locked:
@@ -542,7 +555,7 @@ class Records:
 
     def add(self, task: Mapping[str, Any], values: Mapping[str, Any], replace: bool = False) -> None:
         "Add a record to the file; `replace` lets other values of the same task give way."
-        _add(self, _plain(task, 'task'), _plain(values, 'values'), replace)
+        _add(self, _plain_dict(task, 'task'), _plain_dict(values, 'values'), replace)
 
     def __contains__(self, task: Mapping[str, Any]) -> bool:
         _refresh(self)

@@ -296,3 +296,18 @@ def test_a_loss_of_your_own_may_have_its_own_targets():
 
     x_adv = PGD(0.1, steps=5, loss=squared_error)(regression, x, y)
     assert (squared_error(regression(x_adv), y) > squared_error(regression(x), y)).all()
+
+
+@pytest.mark.parametrize('norm', ['l2', 2, Linf])
+def test_a_norm_is_an_object(norm):
+    with pytest.raises(TypeError, match=r'Linf\(\)'):
+        PGD(norm=norm)
+
+
+def test_an_output_without_a_gradient_is_named():
+    class Decided(nn.Module):
+        def forward(self, x):
+            return nn.functional.one_hot(x.flatten(1).argmax(1) % 3, 3).float()
+
+    with pytest.raises(ValueError, match='not differentiable'):
+        FGSM()(Decided(), torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))

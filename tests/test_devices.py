@@ -567,3 +567,8 @@ def test_the_package_is_quiet(caplog, capsys):
 
 def test_compile_count_is_a_count():
     assert isinstance(compile_count(), int) and compile_count() >= 0
+
+
+def test_a_model_comes_first():
+    with pytest.raises(TypeError, match='the model comes first'):
+        device_of((torch.zeros(2), torch.zeros(2)))

@@ -745,3 +745,10 @@ def test_stack_keeps_every_pixel():
         assert (whole[y : y + height, width:] == 1).all()
         y += height
     assert imread(io.BytesIO(png(plots.stack(parts), 160)), format='png').shape == (2 * len(whole), 1200, 4)
+
+
+def test_points_without_an_order_are_not_joined():
+    x, entry = ['clean', 'shift'], ([0.9, 0.4], [0.85, 0.3], [0.95, 0.5])
+    joined, apart = (plots.curves(x, {'accuracy': entry}, xlabel='', ylabel='accuracy', joined=j).axes[0] for j in (True, False))
+    assert joined.lines[0].get_linestyle() == '-' and apart.lines[0].get_linestyle() == 'None'
+    assert len(apart.collections) == 1 and len(apart.collections[0].get_segments()) == 2

@@ -161,9 +161,10 @@ def test_tour(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_first_tutorial(installed, tmp_path):
+@pytest.mark.parametrize('name', sorted(path.stem for path in (NBS / 'tutorials').glob('*.ipynb')))
+def test_tutorial(name, installed, tmp_path):
     bin_folder, env = installed
-    nb = json.loads((NBS / 'tutorials' / 'first_look.ipynb').read_text(encoding='utf-8'))
+    nb = json.loads((NBS / 'tutorials' / f'{name}.ipynb').read_text(encoding='utf-8'))
     cells = [''.join(cell['source']) for cell in nb['cells'] if cell['cell_type'] == 'code']
     to_run = [text for text in cells if not left_out(text, flags_to_skip())]
     assert to_run
