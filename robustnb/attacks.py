@@ -9,13 +9,14 @@ __all__ = ['LOSSES', 'predictions', 'Linf', 'AttackResult', 'Attack', 'FGSM', 'P
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .devices import device_of, sample_uniform, sync, xla_safe
-from .guard import check_inputs, check_labels, logits_of, match_dtype, untouched
+from .guard import _say_once, check_inputs, check_labels, logits_of, match_dtype, untouched
 from .noises import Perturbation, _ids, _into
 
 # %% ../nbs/20_attacks.ipynb #0e68ab5e
@@ -139,6 +140,9 @@ class Attack(Perturbation):
         super().__post_init__()
         if not isinstance(self.norm, Linf):
             raise TypeError(f'norm takes an object that knows its geometry, Linf(), got {self.norm!r}')
+        eps = getattr(self, 'eps', 0)
+        if self.bounds is not None and isinstance(eps, Real) and eps > self.bounds[1] - self.bounds[0]:
+            _say_once(f'eps={eps:g} is more than the whole range of the inputs, {tuple(self.bounds)}. Was {eps:g} / 255 meant?')
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
         "The adversarial inputs alone, (batch, ...)."

@@ -8,12 +8,10 @@ __all__ = ['DATA', 'DataSet', 'Splits', 'digits', 'moons', 'cache_folder', 'mnis
            'steps_of', 'bounds_of', 'classes_of', 'class_name', 'asset']
 
 # %% ../nbs/14_data.ipynb #aa20c29b
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from http.client import HTTPException
 from importlib import resources
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from .devices import progress
-from .guard import check_inputs, check_labels
+from .guard import _say_once, check_inputs, check_labels
 
 # %% ../nbs/14_data.ipynb #ac153ae0
 def _shuffled(n: int, seed: int) -> np.ndarray:
@@ -62,7 +60,8 @@ def _class_number(which: str | int, classes: tuple[str, ...]) -> int:
     "The number of the class with this name or number."
     number = classes.index(which) if which in classes else which
     if number not in range(len(classes)):
-        raise ValueError(f'no class {which!r}; there are: {", ".join(classes)}')
+        known = ', '.join(classes) or 'none with a name, so give them: DataSet(x, y, classes=...)'
+        raise ValueError(f'no class {which!r}; there are: {known}')
     return number
 
 def _check_columns(x: Tensor, y: Tensor, ids: Tensor) -> None:
@@ -180,7 +179,7 @@ def _likely_cause(error: Exception, folder: Path, download: bool) -> str:
     "What most often stands behind a data set that cannot be had, and what helps."
     words = str(error)
     if isinstance(error, URLError | HTTPException | ConnectionError | TimeoutError) or 'Error downloading' in words:
-        return 'The server was not reached: is this machine offline, or behind a proxy?'
+        return 'The server was not reached or refused: is this machine offline, or behind a proxy?'
     if isinstance(error, OSError) and error.errno is not None:
         return f'{folder} cannot be used: root= names a folder that you may write to and that has room.'
     if not download and 'not found' in words:
@@ -241,16 +240,9 @@ def cifar100(
                     '', 'digits(32)')
 
 # %% ../nbs/14_data.ipynb #78af60a3
-log = logging.getLogger(__name__)
-
-@cache
-def _say_once(message: str) -> None:
-    "A note that should be seen, but not at every call."
-    log.warning(message)
-
 def _as_tensor(values, what: str) -> Tensor:
     "Arrays and lists as tensors: floats in single precision, as networks expect them; tensors as they are."
-    if isinstance(values, Tensor):
+    if isinstance(values, Tensor) and not values.is_complex():
         return values.detach()
     values = np.asarray(values)
     if values.dtype.kind not in 'biuf':
@@ -320,6 +312,11 @@ def from_arrays(
     return DataSet(check_inputs(x, bounds), y, names, name, bounds)
 
 # %% ../nbs/14_data.ipynb #a920b772
+_FORMATS = (  # not all that PIL knows: that changes with its version, and for PostScript it starts another program
+    'BMP', 'GIF', 'JPEG', 'PNG', 'PPM', 'TIFF', 'WEBP',
+)
+_ENDINGS = ('.bmp', '.gif', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+
 def _pixels(image, modes: tuple[str, ...] = ('RGB',)) -> Tensor:
     "A PIL image as (channels, height, width) in [0, 1]; as RGB, unless its mode is one of `modes`."
     if image.mode[0] in 'IF':
@@ -340,7 +337,7 @@ def _read_image(path: str | Path, size: int | None) -> Tensor:
     "The image in a file, (3, height, width) in [0, 1]."
     from PIL import Image
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if size is None or image.mode[0] in 'IF':
                 return _pixels(image)
             return _pixels(_middle_square(image.convert('RGB'), size))
@@ -368,7 +365,7 @@ def _read_all(files: 'ImageFiles', show_progress: bool) -> Tensor:
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageFiles(torch_data.Dataset):
     "Labelled image files, each read when it is needed. `files[17]` is one pair `(x, y)`; `files[rows]` are fewer files."
-    paths: Sequence[str | Path]  # one file for each sample, of any format that PIL reads
+    paths: Sequence[str | Path]  # one file for each sample: BMP, GIF, JPEG, PNG, PPM, TIFF or WebP
     y: Tensor  # labels; (n,); int64
     classes: tuple[str, ...] = ()  # names of the classes, as far as they are known
     name: str = 'images'  # for titles and tables
@@ -423,20 +420,19 @@ def _sub_folders(root: Path) -> list[Path]:
     if not folders:
         raise FileNotFoundError(f'{root} holds {len(_images_in(root))} images and no sub-folder; {layout}')
     names = [f.name for f in folders]
-    if {*names} <= {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}:
+    if {name.lower() for name in names} <= {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}:
         raise ValueError(f'{", ".join(names)} in {root} look like parts of a data set, not like classes; '
                          f'read them one by one: from_folder({str(folders[0])!r})')
     return folders
 
 def _images_in(folder: Path) -> list[Path]:
     "The image files anywhere under `folder`, by name, without hidden ones."
-    from PIL import Image
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != '.')  # the walk goes on into these, in this order
-        seen = sorted(name for name in names if name[0] != '.' and os.path.splitext(name)[1].lower() in endings)
-        found += [Path(place, name) for name in seen]
+        here = Path(place).resolve()
+        # The walk goes on into these, in this order, but not into a link that leads back to where it came from.
+        folders[:] = sorted(f for f in folders if f[0] != '.' and not here.is_relative_to((here / f).resolve()))
+        found += [Path(place, name) for name in sorted(names) if name[0] != '.' and name.lower().endswith(_ENDINGS)]
     return found
 
 # %% ../nbs/14_data.ipynb #2fd15985
@@ -452,7 +448,7 @@ def from_folder(
     paths = [_images_in(folder) for folder in folders]
     empty = [folder.name for folder, files in zip(folders, paths, strict=True) if not files]
     if empty:
-        raise FileNotFoundError(f'no images in {", ".join(empty)} of {root}; every class needs some (.png, .jpg and so on), '
+        raise FileNotFoundError(f'no images in {", ".join(empty)} of {root}; every class needs some ({" ".join(_ENDINGS)}), '
                                 'so fill these folders or take them away')
     y = torch.repeat_interleave(torch.tensor([len(files) for files in paths]))
     return ImageFiles([f for files in paths for f in files], y, tuple(f.name for f in folders), root.resolve().name, size)
@@ -482,12 +478,12 @@ def _validation_files(folder: Path, wnids: list[str]) -> tuple[list[Path], list[
     "The validation images that val_annotations.txt lists, and their labels."
     rows, images = _rows(folder / 'val_annotations.txt'), _present(folder / 'images')
     there = {f.name for f in images.iterdir()}
-    for name, wnid, *_ in rows:
-        if name not in there:
-            _present(images / name)
-        if wnid not in wnids:
-            raise ValueError(f'{folder / "val_annotations.txt"} gives {name} the class {wnid}, which wnids.txt does not list; '
-                             'unpack the archive again')
+    for row in rows:
+        if len(row) < 2 or row[1] not in wnids or row[0] != Path(row[0]).name:
+            raise ValueError(f'{folder / "val_annotations.txt"} says {" ".join(row)!r}, expected the name of an image and '
+                             'a class of wnids.txt; unpack the archive again')
+        if row[0] not in there:
+            _present(images / row[0])
     return [images / row[0] for row in rows], [wnids.index(row[1]) for row in rows]
 
 # %% ../nbs/14_data.ipynb #770bc8ea
@@ -533,15 +529,20 @@ class Batch(NamedTuple):
     y: Tensor  # (batch,)
     ids: Tensor  # (batch,) int64
 
+def _is_pair(data) -> bool:
+    "Whether `data` are samples and labels as two arrays or tensors."
+    two = isinstance(data, tuple | list) and len(data) == 2
+    return two and all(isinstance(column, Tensor | np.ndarray) for column in data)
+
 def _in_memory(data) -> DataSet | None:
     "`data` as a `DataSet`, if it is one, or a pair of arrays, or a `Batch`; else None."
     if isinstance(data, Batch):
         return DataSet(data.x, data.y, (), ids=data.ids)
-    two = isinstance(data, tuple | list) and len(data) == 2
-    if two and all(isinstance(column, Tensor | np.ndarray) for column in data):
+    if _is_pair(data):
         return DataSet(_as_tensor(data[0], 'samples'), _as_tensor(data[1], 'labels'), ())
     return data if isinstance(data, DataSet) else None
 
+# %% ../nbs/14_data.ipynb #e24b1845
 def _cut(data: DataSet, batch_size: int, shuffle: int | None, limit: int | None) -> Iterator[Batch]:
     "Batches of samples in memory."
     order = None if shuffle is None else _shuffled(len(data), shuffle)
@@ -551,15 +552,25 @@ def _cut(data: DataSet, batch_size: int, shuffle: int | None, limit: int | None)
         part = data[rows if order is None else order[rows]]
         yield Batch(part.x, part.y, part.ids)
 
-# %% ../nbs/14_data.ipynb #e24b1845
+# %% ../nbs/14_data.ipynb #94bbf9b3
+def _no_batch(item) -> str:
+    "What was found in place of a batch, and what to do."
+    found = f'{len(item)} things' if isinstance(item, tuple | list) else type(item).__name__
+    if isinstance(item, DataSet | ImageFiles):
+        fix = 'choose one part, such as data.train or data.test'
+    elif isinstance(item, Tensor | np.ndarray):
+        fix = 'samples and labels go together as a pair of tensors or arrays: (x, y)'
+    else:
+        fix = "pick them out first: batches((b['image'], b['label']) for b in loader)"
+    return f'expected batches (x, y), got {found}; {fix}'
+
+# %% ../nbs/14_data.ipynb #bbd6e3a9
 def _numbered(item, start: int) -> Batch:
     "What a loader yielded, as a `Batch` whose ids count up from `start`."
     if isinstance(item, Batch):
         return item
     if not (isinstance(item, tuple | list) and len(item) == 2):
-        found = f'{len(item)} things' if isinstance(item, tuple | list) else type(item).__name__
-        raise TypeError(f'expected batches (x, y), got {found}; pick them out first: '
-                        "batches((b['image'], b['label']) for b in loader)")
+        raise TypeError(_no_batch(item))
     x, y = _as_tensor(item[0], 'samples'), _as_tensor(item[1], 'labels')
     if x.dim() == 0 or y.dim() == 0:
         raise TypeError('expected batches, got single samples; batch them first: DataLoader(data, batch_size=128)')
@@ -593,8 +604,9 @@ def _explained(loader: Iterable) -> Iterator:
                             'transform=torchvision.transforms.ToTensor(). Or hand over the data set itself, '
                             'without a loader: its images are converted then') from error
         if isinstance(error, RuntimeError) and 'equal size' in words:
-            raise ValueError('images of different sizes do not fit into one batch. Use from_folder(root, size=64), or '
-                             'a transform of your data set such as torchvision.transforms.Resize((64, 64))') from error
+            raise ValueError('images of different sizes, or grey and coloured ones, do not fit into one batch. Use '
+                             'from_folder(root, size=64), or a transform of your data set such as '
+                             'torchvision.transforms.Resize((64, 64))') from error
         raise
 
 def _collated(samples: list):
@@ -612,7 +624,7 @@ def _from_dataset(data: torch_data.Dataset, batch_size: int, shuffle: int | None
     private = torch.Generator()  # leaves the global generator alone
     loader = torch_data.DataLoader(mixed, batch_size, collate_fn=_collated, generator=private)
     for x, y, rows in _passed_through(loader, limit):
-        rows = rows if order is None else order[rows]
+        rows = rows if order is None else order[rows.cpu()].to(rows.device)  # where the labels are
         yield Batch(x, y, data.ids[rows] if isinstance(data, ImageFiles) else rows)
 
 # %% ../nbs/14_data.ipynb #b0326dc3
@@ -621,7 +633,7 @@ def can_shuffle(
 ) -> bool:
     "Whether `batches` can mix the order: data in memory, or a torch Dataset with a length. A loader has an order of its own."
     sized = isinstance(data, torch_data.Dataset) and not isinstance(data, torch_data.IterableDataset)
-    return sized or _in_memory(data) is not None
+    return sized or isinstance(data, DataSet | Batch) or _is_pair(data)
 
 def batches(
     data,  # a `DataSet`; `ImageFiles`; a pair (x, y) of arrays; a torch Dataset; or an iterable of (x, y) batches
@@ -650,10 +662,11 @@ def size_of(
     data,  # anything that `batches` accepts
 ) -> int | None:  # None if only a walk would tell
     "How many samples `batches` will yield, for a progress bar."
-    held = _in_memory(data)
-    if held is not None:
-        return len(held)
+    if isinstance(data, DataSet):
+        return len(data)
     with suppress(TypeError, LookupError):  # a stream without a length, or entries that `batches` will complain about
+        if isinstance(data, Batch) or _is_pair(data):
+            return len(data[1])
         if isinstance(data, list | tuple):
             return sum(len(item[0]) for item in data)
         if not isinstance(data, torch_data.DataLoader):
@@ -695,7 +708,9 @@ def classes_of(
 ) -> tuple[str, ...] | None:  # None if the data do not say
     "Names of the classes."
     classes = getattr(_origin(data), 'classes', None)
-    return tuple(map(str, classes)) if classes else None
+    if not isinstance(classes, Iterable) or isinstance(classes, str):  # some data sets keep their number there
+        return None
+    return tuple(str(name[0] if isinstance(name, tuple) else name) for name in classes) or None  # ImageNet has synonyms
 
 # %% ../nbs/14_data.ipynb #2204e068
 def class_name(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .attacks import predictions
 from .data import batches, bounds_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, check_inputs, check_labels, logits_of, match_dtype, untouched
-from .noises import Perturbation, named, perturb
+from .guard import Logits, Normalized, _say_once, check_inputs, check_labels, logits_of, match_dtype, untouched
+from .noises import Perturbation, _outside, named, perturb
 from .plots import curves
 from .results import Result
 from .stats import wilson
@@ -38,8 +38,17 @@ def _logits(model: nn.Module, x: Tensor, logits=None) -> Tensor:
     "The logits of a batch whose values are finite."
     if x.is_floating_point():
         check_inputs(x, bounds=None)
+        _look_for_normalised_twice(model, x)
     with untouched(model), torch.no_grad():
         return logits_of(model(match_dtype(x, model)), logits)
+
+# %% ../nbs/21_evaluation.ipynb #81e9544a
+def _look_for_normalised_twice(model: nn.Module, x: Tensor) -> None:
+    "A note if a model with its normalisation inside gets inputs that are not in [0, 1]."
+    inside = model.model if isinstance(model, Logits) else model
+    if isinstance(inside, Normalized) and _outside(x, (0, 1)):
+        _say_once(f'some inputs lie in [{float(x.min()):.2g}, {float(x.max()):.2g}], but Normalized takes images in [0, 1] and '
+                  'normalises them itself. Are they normalised twice?')
 
 # %% ../nbs/21_evaluation.ipynb #6fb18c5b
 def _right(model: nn.Module, x: Tensor, y: Tensor, logits=None) -> Tensor:
@@ -108,7 +117,7 @@ class Evaluation(Result):
             return curves(np.r_[0, strengths], lines, xlabel='strength', **look)
         cases = [name if np.isnan(eps) or name == 'clean' else f'{name} {eps:g}'
                  for name, eps in zip(table.attack, table.eps, strict=True)]
-        return curves(cases, {'accuracy': (table.accuracy, table.low, table.high)}, xlabel='', **look)
+        return curves(cases, {'': (table.accuracy, table.low, table.high)}, xlabel='', joined=False, **look)
 
 # %% ../nbs/21_evaluation.ipynb #83593154
 def _with_start(clean, rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,16 +136,19 @@ def evaluate(
 ) -> Evaluation:
     "Accuracy of `model` on clean data and under each attack at each strength."
     model = model if logits is None else Logits(model, logits)
-    attacks = named(attacks, bounds_of(data))
+    bounds = bounds_of(data)
+    attacks = named(attacks, bounds)
     eps = None if eps is None else np.atleast_1d(eps).astype(float).tolist()
     cases = _cases(attacks, eps)
     labels, correct, loop = [], [], batches(data, batch_size, device_of(model))
+    steps = steps_of(data, batch_size)
     try:
-        for x, y, ids in progress(loop, 'evaluate', steps_of(data, batch_size), show_progress):
-            y = check_labels(y, len(x))
-            right = torch.stack([_correct(model, x, y, ids, attack) for _, _, attack in cases])
-            correct.append(right.cpu().numpy())
-            labels.append(y.cpu().numpy())
+        with progress(None, 'evaluate', steps and steps * len(cases), show_progress) as bar:
+            for x, y, ids in loop:
+                y = check_labels(y, len(x))
+                right = torch.stack([_correct(model, x, y, ids, attack, bounds, bar) for _, _, attack in cases])
+                correct.append(right.cpu().numpy())
+                labels.append(y.cpu().numpy())
     except KeyboardInterrupt:
         log.warning('interrupted; the result holds the %d batches that were done', len(labels))
     if not labels:
@@ -146,12 +158,13 @@ def evaluate(
     return _evaluation(cases, np.concatenate(correct, axis=1), np.concatenate(labels), settings)
 
 # %% ../nbs/21_evaluation.ipynb #9b371419
-def _correct(model: nn.Module, x, y, ids, attack: Callable | None) -> torch.Tensor:
+def _correct(model: nn.Module, x, y, ids, attack: Callable | None, bounds, bar) -> torch.Tensor:
     "Whether each sample is classified correctly after `attack`, (batch,)."
     if attack is not None:
-        x = perturb(attack, model, x, y, ids)
+        x = perturb(attack, model, x, y, ids, bounds)
     right = _right(model, x, y)
     sync(x.device)
+    bar.update()
     return right
 
 def _evaluation(cases, correct: np.ndarray, labels: np.ndarray, settings: dict) -> Evaluation:

@@ -7,11 +7,13 @@ __all__ = ['untouched', 'Normalized', 'first_tensor', 'logits_of', 'Logits', 'un
            'match_dtype']
 
 # %% ../nbs/03_guard.ipynb #dac24157
+import logging
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +150,10 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor):
         if not x.is_floating_point():
             raise TypeError(f'inputs are {x.dtype}; scale them to [0, 1] first: x.float() / 255')
+        channels = {t.numel() for t in (self.mean, self.std) if t.dim()} - {1}
+        if channels and (x.dim() < 2 or {x.shape[1]} != channels):
+            raise ValueError(f'inputs of shape {tuple(x.shape)} do not have the {max(channels)} channels that mean and std have; '
+                             'expected (batch, channels, ...)')
         per_channel = (-1,) + (1,) * (x.dim() - 2)
         mean, std = (t.to(x).reshape(per_channel) if t.dim() else t.to(x) for t in (self.mean, self.std))
         return self.model((x - mean) / std)
@@ -179,6 +185,23 @@ def _part(output, name: str | int):
         return None
 
 # %% ../nbs/03_guard.ipynb #4ee0aa9f
+log = logging.getLogger(__name__)
+
+@cache
+def _say_once(message: str) -> None:
+    "A note that should be seen, but not at every call."
+    log.warning(message)
+
+def _first_of(output) -> Tensor | None:
+    "The first tensor of an output, with a note if there are others that could be meant."
+    found = first_tensor(output)
+    parts = list(output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ())
+    if sum(first_tensor(part) is not None for part in parts) > 1:
+        _say_once(f'the model returns several tensors; the first, of shape (batch, {", ".join(map(str, found.shape[1:]))}), '
+                  'is taken as its logits. If they are another one, say logits=1, or whatever it is called')
+    return found
+
+# %% ../nbs/03_guard.ipynb #11267d65
 def logits_of(
     output,  # what a model returned
     logits: str | int | Callable | None = None,  # key, index or function that finds them; None for the obvious choice
@@ -192,7 +215,7 @@ def logits_of(
         found = output['logits']
     else:
         found = getattr(output, 'logits', None)
-        found = first_tensor(output) if found is None else found
+        found = _first_of(output) if found is None else found
     if not isinstance(found, Tensor):
         where = '' if logits is None else f' under logits={logits!r}'
         raise TypeError(f'no logits{where} in an output of type {type(output).__name__}; '
@@ -258,8 +281,9 @@ def check_inputs(
     if bounds is not None and (low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6):
         raise ValueError(
             f'inputs lie in [{low:.3g}, {high:.3g}], outside the bounds {tuple(bounds)}. If they are normalised, give '
-            'images in [0, 1] and put the normalisation inside: Normalized(model, mean, std). If this is their natural '
-            'range, say so: PGD(bounds=...) or DataSet(x, y, bounds=...), None for unbounded')
+            'images in [0, 1] and put the normalisation inside: Normalized(model, mean, std). If they are pixels from 0 to '
+            '255, give x / 255. If this is their natural range, say so: PGD(bounds=...) or DataSet(x, y, bounds=...), None '
+            'for unbounded')
     return x
 
 # %% ../nbs/03_guard.ipynb #0ca1a4ba
@@ -272,7 +296,8 @@ def check_labels(
     if not isinstance(y, Tensor):
         raise TypeError(f'labels must be a tensor, got {type(y).__name__}; use torch.as_tensor')
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f'labels are {y.dtype}; expected integer class indices (for one-hot rows: y.argmax(1))')
+        raise TypeError(f'labels are {y.dtype}; expected integer class indices (for whole numbers y.long(), for one-hot rows '
+                        'y.argmax(1))')
     if y.shape != (batch,):
         raise ValueError(f'labels have shape {tuple(y.shape)}, expected ({batch},): one class index per sample')
     y = y.long()  # before anything is computed: PyTorch's wide unsigned integers know no minimum

@@ -10,6 +10,7 @@ import html
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 
 import numpy as np
 import torch
@@ -40,36 +41,29 @@ class _Comparison:
     def __call__(self, name: str, rep: Tensor) -> list:
         if rep.shape[:1] != (self.versions * self.samples,):
             raise ValueError(f'{name} returns shape {tuple(rep.shape)}, whose first dimension is not the batch of '
-                             f'{self.versions * self.samples}; leave it out with where=')
+                             f'{self.versions * self.samples} ({self.samples} samples, clean and perturbed); leave it out '
+                             'with where=')
         clean, *perts = rep.unflatten(0, (self.versions, self.samples))
-        return [_accumulated(m, clean, perts) if m.stream else torch.stack([m(clean, p) for p in perts])
+        return [[m.accumulate(clean, p) for p in perts] if m.stream else torch.stack([m(clean, p) for p in perts])
                 for m in self.measures]
-
-# %% ../nbs/30_lsa.ipynb #a97db54f
-def _accumulated(measure: Measure, clean: Tensor, perts: Sequence[Tensor]) -> list:
-    "One accumulator of a stream measure for each perturbation, filled with this batch."
-    filled = []
-    for pert in perts:
-        filled.append(measure.fn())
-        filled[-1].update(clean, pert)
-    return filled
 
 # %% ../nbs/30_lsa.ipynb #98348933
 @torch.no_grad()
 def _compare_batch(model: nn.Module, versions: Sequence[Tensor], where, measures: Sequence[Measure]) -> dict:
     "Compare the clean batch `versions[0]` with the other versions at every layer."
     stacked = torch.cat([match_dtype(v, model) for v in versions])
+    clean, *perts = stacked.unflatten(0, (len(versions), len(versions[0])))  # rounded as the network sees them
+    change, size = (torch.stack([m(clean, p) for p in perts]) for m in (relative_error, change_norm))
     comparison = _Comparison(measures, len(versions), len(versions[0]))
     with Probe(model, where, reduce=comparison) as probe:
         output = model(stacked)
     sync(stacked.device)
-    clean, *perts = versions
     return {
         'values': {name: [v if m.stream else v.float().cpu().numpy() for m, v in zip(measures, kept, strict=True)]
                    for name, kept in probe.items()},
         'prediction': _predicted(output, len(stacked)).reshape(len(versions), -1),
-        'input_change': torch.stack([relative_error(clean, p) for p in perts]).float().cpu().numpy(),
-        'input_size': torch.stack([change_norm(clean, p) for p in perts]).float().cpu().numpy(),
+        'input_change': change.float().cpu().numpy(),
+        'input_size': size.float().cpu().numpy(),
     }
 
 # %% ../nbs/30_lsa.ipynb #4f418594
@@ -218,10 +212,23 @@ def _profile_figure(result: LayerSustainability, title: str):
         line = [rows[column].to_numpy() for column in ('mean', 'low', 'high')]
         lines[name] = [np.r_[size, values] for values in line] if measure == 'relative_error' else line
     names = ['input', *layers] if measure == 'relative_error' else layers
+    top = max((values[np.isfinite(values)].max(initial=0) for line in lines.values() for values in line), default=0)
+    zero = top > 0 and not result.settings['similarity']  # a curve from 0.30 to 0.31 should look flat
     return curves(names, {name: tuple(line) for name, line in lines.items()}, xlabel='layer, from input to output',
-                  ylabel=measure.replace('_', ' '), title=title)
+                  ylabel=measure.replace('_', ' '), title=title, ylim=(0, 1.05 * top) if zero else None)
 
 # %% ../nbs/30_lsa.ipynb #ede43961
+def _versions(model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, perturbations: Mapping, bounds, bar) -> list[Tensor]:
+    "A batch and its perturbed versions."
+    if y.shape != (len(x),):  # the targets of a regression pass: labels are only kept here
+        check_labels(y, len(x))
+    versions = [x]
+    for perturbation in perturbations.values():
+        versions.append(perturb(perturbation, model, x, y, ids, bounds))
+        bar.update()
+    return versions
+
+# %% ../nbs/30_lsa.ipynb #eae6d5fc
 def layer_sustainability(
     model: nn.Module,  # any network; comes back as it was
     data,  # a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
@@ -237,16 +244,15 @@ def layer_sustainability(
     The measure is that of Khalooei et al. (2022, equation of the relative error), taken per sample unless it is a stream measure.
     """
     model = model if logits is None else Logits(model, logits)
-    perturbations, measure = named(perturbations, bounds_of(data)), as_measure(measure)
-    found, labels, numbers, loop = _Collected([measure]), [], [], batches(data, batch_size, device_of(model))
+    bounds, steps, measure = bounds_of(data), steps_of(data, batch_size), as_measure(measure)
+    perturbations, loop = named(perturbations, bounds), batches(data, batch_size, device_of(model))
+    found, labels, numbers = _Collected([measure]), [], []
     try:
-        for x, y, ids in progress(loop, 'layer sustainability', steps_of(data, batch_size), show_progress):
-            if y.shape != (len(x),):  # the targets of a regression pass: labels are only kept here
-                check_labels(y, len(x))
-            versions = [x, *(perturb(p, model, x, y, ids) for p in perturbations.values())]
-            found.compare(model, versions, where, batch_size)
-            labels.append(y.cpu().numpy())
-            numbers.append(ids.cpu().numpy())
+        with progress(None, 'layer sustainability', steps and steps * len(perturbations), show_progress) as bar:
+            for x, y, ids in loop:
+                found.compare(model, _versions(model, x, y, ids, perturbations, bounds, bar), where, batch_size)
+                labels.append(y.cpu().numpy())
+                numbers.append(ids.cpu().numpy())
     except KeyboardInterrupt:
         log.warning('interrupted; the result holds the %d batches that were done', len(labels))
     if not labels:
@@ -340,11 +346,16 @@ def _most_vulnerable(result: LayerSustainability, rule: str, perturbation, setti
     if unknown := set(chosen_names) - set(result.perturbations):
         raise KeyError(f'no perturbation {unknown.pop()!r}; there are {", ".join(result.perturbations)}')
     values = result.dataset['value'].sel(perturbation=chosen_names).values.reshape(len(result.layers), -1)
+    known = [*signature(RULES[rule]).parameters][1:]
+    if wrong := set(settings) - set(known):
+        raise TypeError(f'the rule {rule!r} has no setting {wrong.pop()!r}; it has {", ".join(known)}')
     score, chosen, words = RULES[rule](_damage(result, values), **settings)
     ranking = pd.DataFrame({'layer': result.layers, 'mean': _finite_mean(values), 'score': score, 'chosen': chosen})
     ranking = ranking.sort_values('score', ascending=False, kind='stable', ignore_index=True)
-    reason = f'{words}{" of 1 - value" if result.settings["similarity"] else ""}, over {", ".join(chosen_names)}'
-    if not chosen.any():
+    reason = f'{words}, {"of 1 - value " if result.settings["similarity"] else ""}over {", ".join(chosen_names)}'
+    if not np.isfinite(score).any():
+        reason += '; no layer is, because the measure is undefined in every layer'
+    elif not chosen.any():
         reason += f'; no layer is, the nearest is {ranking.layer[0]} with a score of {ranking.score[0]:.2f}'
     layers = [name for name, taken in zip(result.layers, chosen, strict=True) if taken]
     return VulnerableLayers(layers, ranking, reason)

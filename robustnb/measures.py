@@ -9,8 +9,8 @@ __all__ = ['MEASURES', 'relative_error', 'relative_l1', 'relative_linf', 'cosine
 
 # %% ../nbs/02_measures.ipynb #32fb7e62
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from math import inf, nan
 
 import torch
@@ -37,10 +37,11 @@ def _wide(rep: Tensor) -> torch.dtype:
 
 # %% ../nbs/02_measures.ipynb #89a94950
 def _quotient(top: Tensor, bottom: Tensor) -> Tensor:
-    "`top / bottom`, where 0/0 is 0, and x/0 and x/inf are inf (undefined), with a gradient that is never nan."
-    silent, endless = bottom == 0, bottom.isinf()
-    value = top / torch.where(silent | endless, 1, bottom)
-    return torch.where(silent & (top > 0) | endless, inf, value)
+    "`top / bottom`, where 0/0 is 0, and x/0, x/inf and inf/x are inf (undefined), with slope 0 at all of these."
+    silent = bottom == 0
+    undefined = silent & (top > 0) | top.isinf() | bottom.isinf()
+    value = torch.where(undefined, 0, top) / torch.where(silent | undefined, 1, bottom)
+    return torch.where(undefined, inf, value)
 
 def _root(square: Tensor) -> Tensor:
     "The square root, with slope 0 instead of infinity at 0."
@@ -162,6 +163,7 @@ class Accumulator:
         "Take in the sums of a batch, or of another accumulator."
         sums = {name: torch.as_tensor(value) for name, value in sums.items()}
         for name, value in self.state.items():
+            sums[name] = sums[name].to(value)  # what comes from a file or another machine may lie on another device
             if value.shape != sums[name].shape:
                 raise ValueError(f'{type(self).__name__} follows one layer of one size, but {name} has shape '
                                  f'{tuple(value.shape)} so far and {tuple(sums[name].shape)} now')
@@ -288,6 +290,19 @@ class LinearCKA(Accumulator):
         return torch.where((clean == 0) ^ (pert == 0), inf, alike)
 
 # %% ../nbs/02_measures.ipynb #4ad97922
+def _looked_at(name: str, look: Callable, clean: Tensor, pert: Tensor):
+    "What `look` makes of two representations, which must stay as they are."
+    def versions():
+        return [None if rep.is_inference() else rep._version for rep in (clean, pert)]  # how often each was written into
+
+    before = versions()
+    found = look(clean, pert)
+    if versions() != before:
+        raise ValueError(f'{name} changes a representation in place, and the network would go on with it; let it work on a '
+                         'copy: clean = clean.clone()')
+    return found
+
+# %% ../nbs/02_measures.ipynb #2e81c571
 @dataclass(frozen=True)
 class Measure:
     "A comparison measure and its facts. The lower end of its range is 0."
@@ -317,13 +332,18 @@ class Measure:
         "(batch,) values of a sample measure, or the one value of a stream measure on this batch."
         _check_shapes(self.name, clean, pert)
         if self.stream:
-            accumulator = self.fn()
-            accumulator.update(clean, pert)
-            return accumulator.compute()
-        value = self.fn(clean, pert)
-        if value.shape != clean.shape[:1]:
-            raise ValueError(f'{self.name} must return one value per sample, shape ({len(clean)},), got {tuple(value.shape)}')
+            return self.accumulate(clean, pert).compute()
+        value = _looked_at(self.name, self.fn, clean, pert)
+        if not isinstance(value, Tensor) or value.shape != clean.shape[:1]:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f'{self.name} must return one value per sample, a tensor of shape ({len(clean)},), got {got}')
         return value
+
+    def accumulate(self, clean: Tensor, pert: Tensor):
+        "A new accumulator of a stream measure, after one batch."
+        accumulator = self.fn()
+        _looked_at(self.name, accumulator.update, clean, pert)
+        return accumulator
 
 # %% ../nbs/02_measures.ipynb #5167bde7
 MEASURES: dict[str, Measure] = {m.name: m for m in (
@@ -333,13 +353,13 @@ MEASURES: dict[str, Measure] = {m.name: m for m in (
     Measure('relative_linf', relative_linf, inf, r'\lVert\hat\phi-\phi\rVert_\infty / \lVert\phi\rVert_\infty',
             'the same, with the maximum norm'),
     Measure('cosine_distance', cosine_distance, 2.0, r'1-\cos(\phi,\hat\phi)', 'standard'),
-    Measure('pearson_distance', pearson_distance, 2.0, r'1-\mathrm{corr}(\phi,\hat\phi)', 'standard'),
+    Measure('pearson_distance', pearson_distance, 2.0, r'1-\mathrm{corr}(\phi,\hat\phi)', 'standard, after Pearson 1895'),
     Measure('mse', mse, inf, r'\lVert\hat\phi-\phi\rVert_2^2 / d', 'standard'),
     Measure('change_norm', change_norm, inf, r'\lVert\hat\phi-\phi\rVert_2', 'standard'),
-    Measure('sign_flip', sign_flip, 1.0, r'\mathrm{mean}_i \lvert(\phi_i>0)-(\hat\phi_i>0)\rvert', 'standard',
-            differentiable=False),
-    Measure('topk_overlap', topk_overlap, 1.0, r'\lvert\mathrm{top}_k\phi\cap\mathrm{top}_k\hat\phi\rvert / k', 'standard',
-            similarity=True, differentiable=False),
+    Measure('sign_flip', sign_flip, 1.0, r'\mathrm{mean}_i \lvert(\phi_i>0)-(\hat\phi_i>0)\rvert',
+            'the transitions of Raghu et al. 2017', differentiable=False),
+    Measure('topk_overlap', topk_overlap, 1.0, r'\lvert\mathrm{top}_k\phi\cap\mathrm{top}_k\hat\phi\rvert / k',
+            'the top-k intersection of Ghorbani et al. 2019', similarity=True, differentiable=False),
     Measure('energy_relative_error', EnergyRelativeError, inf,
             r'\sqrt{\sum\lVert\hat\phi-\phi\rVert^2 / \sum\lVert\phi\rVert^2}', 'Khalooei et al. 2022, as in their package'),
     Measure('centred_error', CentredError, inf,
@@ -349,6 +369,14 @@ MEASURES: dict[str, Measure] = {m.name: m for m in (
 )}
 
 # %% ../nbs/02_measures.ipynb #32873691
+def _made_from(measure: Callable) -> Measure | None:
+    "The registered measure that a function, a `partial` of one or a subclass of an accumulator was made from, if any."
+    while isinstance(measure, partial):
+        measure = measure.func
+    kinds = measure.__mro__ if isinstance(measure, type) else [measure]
+    return next((m for kind in kinds for m in MEASURES.values() if m.fn is kind), None)
+
+# %% ../nbs/02_measures.ipynb #ed805b68
 def as_measure(
     measure: str | Callable | Measure,  # a name from `MEASURES`, a function `(clean, pert) -> (batch,)`, or a `Measure`
 ) -> Measure:
@@ -356,9 +384,12 @@ def as_measure(
     if isinstance(measure, Measure):
         return measure
     if callable(measure):
-        known = [m for m in MEASURES.values() if m.fn is measure]
-        return known[0] if known else Measure(getattr(measure, '__name__', type(measure).__name__), measure)
-    if measure not in MEASURES:
+        known = _made_from(measure)
+        if known is None:
+            name = getattr(measure, '__name__', type(measure).__name__)
+            return Measure('own measure' if name == '<lambda>' else name, measure)
+        return known if known.fn is measure else replace(known, name=getattr(measure, '__name__', known.name), fn=measure)
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise KeyError(f'no measure {measure!r}; there are {", ".join(MEASURES)}, or pass a function (clean, pert) -> (batch,)')
     return MEASURES[measure]
 
@@ -370,13 +401,13 @@ def lipschitz_ratio(
     "Length of the change at a layer divided by its length at the input; tensors or arrays."
     return _quotient(torch.as_tensor(change), torch.as_tensor(input_change))
 
-# %% ../nbs/02_measures.ipynb #58c84de4
+# %% ../nbs/02_measures.ipynb #2e0c71f1
 def block_gain(
     profile: Tensor,  # (layers, ...) values of a measure, from input to output
     *,
     first: Tensor | float | None = None,  # (...) value of the same measure at the input; None: the first gain is nan
 ) -> Tensor:  # (layers, ...) in [0, inf); 0/0 is 0, and inf where undefined: damage where there was none before
     "Value of each layer divided by that of the layer before; tensors or arrays."
-    profile = torch.as_tensor(profile)
+    profile = torch.as_tensor(profile) / 1.0  # whole numbers have no nan
     start = torch.full_like(profile[:1], nan) if first is None else _quotient(profile[:1], torch.as_tensor(first).to(profile))
     return torch.cat([start, _quotient(profile[1:], profile[:-1])])

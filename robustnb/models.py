@@ -117,7 +117,7 @@ def lenet5_caffe(
     classes: int = 10,  # number of outputs
     channels: int = 1,  # of the image
 ) -> nn.Sequential:  # takes (batch, channels, 28, 28) in [0, 1]
-    "The LeNet-5 of Caffe, the usual one in studies of pruning: 431,080 parameters for MNIST."
+    "LeNet-5-Caffe, the usual one in studies of pruning: 431,080 parameters for MNIST."
     _check(classes=classes, channels=channels)
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(channels, 20, 5), relu1=nn.ReLU(), pool1=nn.MaxPool2d(2),
@@ -287,11 +287,14 @@ def _see_channels(net: nn.Module, channels: int) -> None:
 def _pretrained(arch: str, models, settings: dict) -> Normalized:
     "A classifier of torchvision with its published weights, for images in [0, 1]."
     weights = models.get_model_weights(arch).DEFAULT
+    file = Path(torch.hub.get_dir()) / 'checkpoints' / weights.url.rpartition('/')[2]
     try:  # torchvision opens the file as any pickle; opened as weights only before, it is known to be nothing else
         weights.get_state_dict(check_hash=True, weights_only=True)
     except OSError as error:
         raise FileNotFoundError(f'the weights of {arch} were not fetched ({error}). Without a network, put the file '
-                                f'{weights.url} into {Path(torch.hub.get_dir()) / "checkpoints"}') from error
+                                f'{weights.url} into {file.parent}') from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f'{file} is not what torchvision published ({type(error).__name__}): remove it and try again') from error
     prepare = weights.transforms()
     return Normalized(models.get_model(arch, weights=weights, **settings), prepare.mean, prepare.std)
 
@@ -432,19 +435,20 @@ def _kind_of_file(path: Path) -> str:
     raise ValueError(f'{path} is {found}')
 
 # %% ../nbs/15_models.ipynb #a31a97e1
-_CONVERSION = """{path} holds Python objects, not only weights. Opening it could run any code, so it is not opened here.
-If you trust its author, convert it once:
-
-    model = torch.load({old!r}, weights_only=False)
-    from robustnb import models
-    models.save(model, {new!r})"""
-
 def _read_safetensors(path: Path) -> Mapping:
     "The tensors in a safetensors file."
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f'{path} cannot be read: it is cut off or damaged ({error})') from error
+
+# %% ../nbs/15_models.ipynb #71c555fa
+_CONVERSION = """{path} holds Python objects, not only weights. Opening it could run any code, so it is not opened here.
+If you trust its author, convert it once:
+
+    model = torch.load({old!r}, weights_only=False)
+    from robustnb import models
+    models.save(model, {new!r})"""
 
 def _read_checkpoint(path: Path):
     "The content of a PyTorch checkpoint, if it holds nothing but tensors and plain values."
@@ -454,7 +458,8 @@ def _read_checkpoint(path: Path):
         names = {'old': str(path), 'new': str(path.with_suffix('.safetensors'))}
         raise ValueError(_CONVERSION.format(path=path, **names)) from error
     except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f'{path} cannot be read: it is cut off, damaged or a TorchScript archive ({error})') from error
+        raise ValueError(f'{path} cannot be read: it is cut off, damaged or an archive of another kind, such as '
+                         f'TorchScript ({error})') from error
 
 # %% ../nbs/15_models.ipynb #06c0ec09
 def _is_state(content) -> bool:
@@ -464,7 +469,9 @@ def _is_state(content) -> bool:
 
 def _state_in(content, path: Path, entry: str | None) -> dict[str, Tensor]:
     "The weights in a checkpoint: all of it, the entry that was asked for, or the only one that holds weights."
-    if entry is None and _is_state(content):
+    if _is_state(content):
+        if entry is not None:
+            raise ValueError(f'{path} is a state dict without entries; leave entry={entry!r} out')
         return dict(content)
     entries = [k for k, v in content.items() if _is_state(v)] if isinstance(content, Mapping) else []
     if not entries:
@@ -508,6 +515,9 @@ def load(
     entry: str | None = None,  # which part of a checkpoint, if several hold weights
 ) -> nn.Module:  # the same model
     "Fill `model` with the weights in a file. Everything is checked before the first weight changes."
+    if not isinstance(model, nn.Module):
+        got = f'the class {model.__name__}: write {model.__name__}()' if isinstance(model, type) else type(model).__name__
+        raise TypeError(f'the first argument is the model to fill, a torch.nn.Module; got {got}')
     path = Path(path)
     content = _read_safetensors(path) if _kind_of_file(path) == 'safetensors' else _read_checkpoint(path)
     state = _state_in(content, path, entry)

@@ -9,14 +9,15 @@ __all__ = ['Perturbation', 'Noise', 'PixelNoise', 'Gaussian', 'Uniform', 'Speckl
 # %% ../nbs/19_noises.ipynb #fdc0fc50
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import log2, nan
+from math import inf, log2, nan
+from numbers import Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .devices import sample_normal, sample_uniform, sync
-from .guard import check_inputs, untouched
+from .guard import _say_once, check_inputs, untouched
 
 # %% ../nbs/19_noises.ipynb #fd768c78
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class Perturbation:
     seed: int = field(default=0, kw_only=True)  # noise depends on it and on the sample's id, on nothing else
 
     strength_field: ClassVar[str] = 'eps'  # which field says how strong it is
+    strongest: ClassVar[float] = inf  # the largest strength that has a meaning
 
     def __post_init__(self):
         strength = getattr(self, self.strength_field, 0)
-        if not isinstance(strength, Tensor) and not strength >= 0:  # a tensor is not looked at: that would wait for it
-            raise ValueError(f'{self.strength_field} of {type(self).__name__} must be at least 0, got {strength}')
+        if not isinstance(strength, Real | Tensor):
+            raise TypeError(f'{self.strength_field} of {type(self).__name__} must be a number, got {strength!r}')
+        if not isinstance(strength, Tensor) and not 0 <= strength <= self.strongest:  # to look at a tensor would wait for it
+            most = '' if self.strongest == inf else f' and at most {self.strongest:g}'
+            raise ValueError(f'{self.strength_field} of {type(self).__name__} must be at least 0{most}, got {strength}')
 
     @property
     def strength(self) -> float:
@@ -67,7 +72,6 @@ def _into(bounds: tuple[float, float] | None, x: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Noise(Perturbation):
     "A perturbation that does not look at the model. Subclasses define `draw(x, ids)`."
-    strongest: ClassVar[float] = float('inf')  # the strength beyond which nothing more can happen
 
     def __call__(
         self,
@@ -242,16 +246,27 @@ def perturb(
     x: Tensor,  # (batch, ...) inputs
     y: Tensor,  # (batch,) true classes
     ids: Tensor | None = None,  # (batch,) place of each sample in its data set; 0, 1, 2 ... if None
+    bounds: tuple[float, float] | None = None,  # range of the inputs, to tell if a function leaves it; None does not look
 ) -> Tensor:  # (batch, ...) perturbed inputs
     "Apply a perturbation or a function in its place, and check what comes back."
-    if isinstance(perturbation, Perturbation):
-        return perturbation(model, x, y, ids=ids)
+    extra = {'ids': ids} if isinstance(perturbation, Perturbation) else {}
     with torch.inference_mode(False), torch.enable_grad(), untouched(model):
-        x_pert = perturbation(model, x.clone(), y.clone())  # copies: it may work in place
+        x_pert = perturbation(model, x.clone(), y.clone(), **extra)  # copies: it may work in place
+    name = _name_of(perturbation)
     if not isinstance(x_pert, Tensor) or x_pert.shape != x.shape:
         got = tuple(x_pert.shape) if isinstance(x_pert, Tensor) else type(x_pert).__name__
-        raise ValueError(f'the perturbation must return a tensor of shape {tuple(x.shape)}, got {got}')
-    return check_inputs(x_pert, bounds=None)
+        raise ValueError(f'{name} must return a tensor of shape {tuple(x.shape)}, got {got}')
+    try:
+        check_inputs(x_pert, bounds=None)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'{name} returned what no model should get: {error}') from error
+    if bounds is not None and _outside(x_pert, bounds) and not _outside(x, bounds):
+        _say_once(f'{name} leaves the range of the inputs, {tuple(bounds)}: clamp what it returns, or its size cannot be compared')
+    return x_pert.detach()
+
+def _outside(x: Tensor, bounds: tuple[float, float]) -> bool:
+    "Whether a value lies beyond `bounds`, by more than rounding."
+    return x.numel() > 0 and (float(x.min()) < bounds[0] - 1e-4 or float(x.max()) > bounds[1] + 1e-4)
 
 # %% ../nbs/19_noises.ipynb #1fe5e1ad
 def _name_of(perturbation) -> str:

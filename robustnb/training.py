@@ -194,8 +194,8 @@ def trained(
     "A network trained by the recipe for these data: from the package, from your cache, or trained now and cached."
     kind = 'digits' if data.startswith('digits') else data
     if (kind, training) not in RECIPES:
-        known = ', '.join(f'{data} {training}' for data, training in RECIPES)
-        raise KeyError(f'no recipe for {training} training on {data}; there are: {known}')
+        raise ValueError(f'no recipe for training={training!r} on data={data!r}; there are {list(RECIPES)}, and the digits come '
+                         "as 'digits', 'digits28' and 'digits32'")
     sized = kind == 'digits' and name in MODELS and 'size' in signature(MODELS[name]).parameters
     size = {'size': int(data[6:] or 8)} if sized else {}
     recipe, stem = RECIPES[kind, training], f'{name}-{data}-{training}-{seed}'

@@ -4,8 +4,6 @@ Each row goes through every public door that takes a model and data. The doors t
 test_data.py.
 """
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -15,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from robustnb.attacks import FGSM
 from robustnb.devices import seeded
 from robustnb.evaluation import accuracy, evaluate
-from robustnb.guard import Normalized
+from robustnb.guard import Normalized, _say_once
 from robustnb.lsa import layer_sustainability
+from robustnb.measures import MEASURES
 from robustnb.noises import Gaussian, matched
 
 PERTURBATIONS = [Gaussian(0.1), matched(Gaussian(), FGSM(0.05)), FGSM(0.05)]
@@ -66,7 +65,7 @@ REFUSED = {
     'a NaN pixel': (spoilt(float('nan')), ValueError, 'NaN or infinity in sample 3', ()),
     'an infinite pixel': (spoilt(float('inf')), ValueError, 'NaN or infinity in sample 3', ()),
     'pixels outside [0, 1]': (((images()[0] - 0.5) / 0.25, images()[1]), ValueError, 'Normalized', ('accuracy',)),
-    'pixels from 0 to 255': ((images()[0] * 255, images()[1]), ValueError, 'outside the bounds', ('accuracy',)),
+    'pixels from 0 to 255': ((images()[0] * 255, images()[1]), ValueError, r'outside the bounds.*x / 255', ('accuracy',)),
     'uint8 images': (((images()[0] * 255).byte(), images()[1]), TypeError, r'scale them to \[0, 1\]', ()),
     'no samples': (images(0), ValueError, 'empty', ()),
     'fractional labels': ((images()[0], images()[1].float()), TypeError, 'integer class indices', ()),
@@ -92,8 +91,7 @@ def test_what_is_wrong_is_refused_with_a_reason(row, door):
     net = make_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     if door in passing:
-        with contextlib.suppress(error):  # targets of a regression may be profiled; attacks refuse them by themselves
-            DOORS[door](net, data)
+        DOORS[door](net, data)  # no attack, so no bounds to keep
     else:
         with pytest.raises(error, match=words):
             DOORS[door](net, data)
@@ -217,3 +215,122 @@ def test_silent_layers_and_batch_norm_with_one_sample(door):
         net[1].bias.fill_(-1)  # nothing passes the ReLU: 0/0 at this layer
     value = DOORS[door](net, images(1))
     assert np.isfinite(value).all()
+
+
+@pytest.fixture
+def notes(caplog):
+    "What was said, each thing once."
+    _say_once.cache_clear()
+    caplog.set_level('WARNING')
+    return caplog
+
+
+@pytest.mark.parametrize('door', ['evaluate', 'layer_sustainability'])
+def test_an_attack_that_leaves_the_range_is_told_once(door, notes):
+    def loud(model, x, y):
+        return x + 0.5
+
+    analyse = {'evaluate': evaluate, 'layer_sustainability': layer_sustainability}[door]
+    analyse(make_net(), images(), loud, batch_size=5, show_progress=False)
+    assert [r.message for r in notes.records if 'loud leaves the range' in r.message] and len(notes.records) == 1
+    notes.clear()
+    analyse(make_net(), (images()[0] * 4 - 2, images()[1]), loud, show_progress=False)
+    assert not notes.records, 'inputs that have no such range cannot leave it'
+
+
+def test_normalised_twice_is_told(notes):
+    x, y = images()
+    model = Normalized(make_net(), 0.5, 0.25)
+    accuracy(model, (x, y))
+    assert not notes.records
+    accuracy(model, ((x - 0.5) / 0.25, y), batch_size=3)
+    assert len({r.message for r in notes.records}) == len(notes.records) and 'normalised twice' in notes.text
+
+
+def test_a_choice_among_several_outputs_is_told(notes):
+    accuracy(Tuple(make_net(), 'tuple'), images(), batch_size=5)
+    assert len(notes.records) == 1 and 'taken as its logits' in notes.text
+    accuracy(Tuple(make_net(), 'dict'), images()), accuracy(Tuple(make_net(), 'tuple'), images(), logits=0)
+    assert len(notes.records) == 1, 'where the name says it, or the caller does, nothing is to tell'
+
+
+def test_a_strength_beyond_the_range_is_told(notes):
+    assert FGSM(0.5) == FGSM(0.5) and not notes.records
+    FGSM(8.0), FGSM(8.0)
+    assert len(notes.records) == 1 and '8 / 255' in notes.text
+    FGSM(8.0, bounds=None), FGSM(8.0, bounds=(0, 255))
+    assert len(notes.records) == 1
+
+
+def test_grey_images_for_three_means():
+    with pytest.raises(ValueError, match='3 channels that mean and std have'):
+        accuracy(Normalized(make_net(), (0.5, 0.5, 0.5), 0.2), images())
+    with pytest.raises(ValueError, match='3 channels that mean and std have'):
+        accuracy(Normalized(make_net(), (0.5, 0.5, 0.5), 0.2), (torch.rand(4, 8, 8, 3), images(4)[1]))
+
+
+def own(function, name='mine'):
+    function.__name__ = name
+    return function
+
+
+BAD_ATTACKS = {
+    'a list': (lambda m, x, y: list(x), 'got list'),
+    'another shape': (lambda m, x, y: x[:, :, :4], r'got \(24, 1, 4, 8\)'),
+    'NaN': (lambda m, x, y: x * float('nan'), 'NaN or infinity in sample'),
+    'bytes': (lambda m, x, y: (x * 255).byte(), 'uint8'),
+    'nothing': (lambda m, x, y: None, 'got NoneType'),
+}
+
+
+@pytest.mark.parametrize('row', BAD_ATTACKS)
+def test_a_bad_attack_is_named(row):
+    function, words = BAD_ATTACKS[row]
+    for door in (evaluate, layer_sustainability):
+        with pytest.raises((ValueError, TypeError), match=f'mine .*{words}'):
+            door(make_net(), images(), own(function), show_progress=False)
+
+
+def subtract_in_place(clean, pert):
+    pert -= clean
+    return pert.flatten(1).norm(dim=1)
+
+
+class SubtractInPlace(MEASURES['energy_relative_error'].fn):
+    "The same as an accumulator."
+
+    def update(self, clean, pert):
+        pert -= clean
+
+
+BAD_MEASURES = {
+    'a list': (lambda c, p: [1.0] * len(c), 'got list'),
+    'one number': (lambda c, p: (c - p).norm(), r'got \(\)'),
+    'an array': (lambda c, p: (c - p).flatten(1).norm(dim=1).numpy(), 'got ndarray'),
+    'in place': (subtract_in_place, 'in place'),
+    'a stream in place': (SubtractInPlace, 'in place'),
+}
+
+
+@pytest.mark.parametrize('row', BAD_MEASURES)
+def test_a_bad_measure_is_named(row):
+    function, words = BAD_MEASURES[row]
+    with pytest.raises(ValueError, match=f'mine .*{words}'):
+        layer_sustainability(make_net(), images(), FGSM(0.1), measure=own(function), show_progress=False)
+
+
+def test_a_measure_that_is_never_defined_says_so():
+    def undefined(clean, pert):
+        return torch.full((len(clean),), float('nan'))
+
+    result = layer_sustainability(make_net(), images(), FGSM(0.1), measure=undefined, show_progress=False)
+    assert not result.most_vulnerable().layers and 'undefined in every layer' in result.most_vulnerable().reason
+    result.plot()
+    with pytest.raises(TypeError, match="has no setting 'n'; it has k"):
+        result.most_vulnerable(n=2)
+
+
+@pytest.mark.parametrize('make', [lambda: FGSM('0.1'), lambda: Gaussian(None), lambda: Gaussian([0.1])])
+def test_a_strength_is_a_number(make):
+    with pytest.raises(TypeError, match='must be a number'):
+        make()

@@ -147,6 +147,8 @@ def test_of_class_and_to():
     for wrong in ('C0', 3, -1, None):
         with pytest.raises(ValueError, match='there are: c0, c1, c2'):
             data.of_class(wrong)
+    with pytest.raises(ValueError, match=r'none with a name, so give them: DataSet\(x, y, classes='):
+        DataSet(data.x, data.y).of_class(1)
     moved = data.to('meta')
     assert {t.device.type for t in (moved.x, moved.y, moved.ids)} == {'meta'} and moved.name == data.name
 
@@ -400,13 +402,14 @@ BAD_ARRAYS = {
     'an infinity, unbounded': (INF, [0, 1], {'bounds': None}, 'NaN or infinity in sample 1'),
     'above the bounds': (2 + ZEROS, [0, 1], {}, r'outside the bounds \(0, 1\)'),
     'normalised': (ZEROS - 1, [0, 1], {}, r'\[-1, -1\].*Normalized'),
-    'images as floats 0-255': (PHOTOS.transpose(0, 3, 1, 2) + 200.0, [0, 1], {}, r'\[200, 200\]'),
+    'images as floats 0-255': (PHOTOS.transpose(0, 3, 1, 2) + 200.0, [0, 1], {}, r'\[200, 200\].*give x / 255'),
     'channels last': (PHOTOS, [0, 1], {}, r'\(2, 8, 8, 3\).*x\.transpose\(0, 3, 1, 2\)'),
     'channels last, grey tensor': (torch.zeros(2, 8, 8, 1), [0, 1], {}, r'x\.permute\(0, 3, 1, 2\)'),
     'one number a sample': (np.zeros(2), [0, 1], {}, r'shape \(n, \.\.\.\), one row each; got \(2,\)'),
     'one number': (np.zeros(()), 0, {}, 'one row each'),
     'words as samples': (np.array([['a', 'b']]), [0], {}, 'samples of type <U1 are not numbers'),
     'complex samples': (np.array([[1j, 0]]), [0], {}, 'are not numbers'),
+    'complex tensor': (torch.zeros(2, 2) + 1j, [0, 1], {}, 'samples of type complex64 are not numbers'),
     'rows of different lengths': ([[0, 1], [0]], [0, 1], {}, 'inhomogeneous'),
     'too few labels': (np.zeros((3, 2)), [0, 1], {}, r'labels have shape \(2,\), expected \(3,\)'),
     'labels in a column': (ZEROS, [[0], [1]], {}, r'of shape \(2, 1\).*y\[:, 0\]'),
@@ -601,6 +604,36 @@ def test_from_folder_against_image_folder(tmp_path):
     assert [(str(path), y) for path, y in zip(ours.paths, ours.y.tolist(), strict=True)] == theirs.samples
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_images(tmp_path / 'elsewhere', ('more',), 2)
+    write_images(tmp_path / 'root', ('ant', 'bee'), 2)
+    (tmp_path / 'root' / 'ant' / 'linked').symlink_to(tmp_path / 'elsewhere' / 'more')
+    (tmp_path / 'root' / 'bee' / 'itself').symlink_to('.')
+    (tmp_path / 'root' / 'bee' / 'above').symlink_to('..')
+    assert from_folder(tmp_path / 'root').y.tolist() == [0] * 4 + [1] * 2
+
+
+def test_no_other_program_is_started_for_an_image(tmp_path, monkeypatch):
+    "PIL hands PostScript to Ghostscript, whatever the file is called."
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *args, **kw: pytest.fail('Ghostscript was started'))
+    (tmp_path / 'a').mkdir()
+    for name in ('photo.jpg', 'drawing.eps', 'drawing.ps'):
+        (tmp_path / 'a' / name).write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+    files = from_folder(tmp_path)
+    assert [path.name for path in files.paths] == ['photo.jpg']
+    with pytest.raises(ValueError, match='cannot identify image file'):
+        files[0]
+
+
+def test_the_first_picture_of_an_animation(tmp_path):
+    write_images(tmp_path, ('a',), 2)
+    first, second = (Image.open(tmp_path / 'a' / f'{i}.png') for i in (0, 1))
+    first.save(tmp_path / 'a' / '2.webp', save_all=True, append_images=[second], lossless=True)
+    files = from_folder(tmp_path)
+    assert torch.equal(files[2][0], files[0][0]) and not torch.equal(files[1][0], files[0][0])
+
+
 def test_images_of_different_sizes(tmp_path):
     write_images(tmp_path, ('a',), 2, (8, 8))
     write_images(tmp_path, ('b',), 2, (9, 8))
@@ -645,6 +678,7 @@ def test_files_that_are_no_images(tmp_path):
     (lambda root: None, 'holds 0 images and no sub-folder; expected'),
     (lambda root: write_images(root.parent, (root.name,), 3), 'holds 3 images and no sub-folder'),
     (lambda root: [write_images(root / part) for part in ('train', 'val')], r"parts of a data set.*from_folder\('.*train'\)"),
+    (lambda root: [write_images(root / part) for part in ('Train', 'Test')], r"parts of a data set.*from_folder\('.*Test'\)"),
     (lambda root: (write_images(root), (root / 'dog').mkdir(), (root / 'eel').mkdir()), 'no images in dog, eel'),
     (lambda root: ((root / 'a').mkdir(), (root / 'a' / 'notes.txt').write_text('no image')), 'no images in a '),
 ])
@@ -721,7 +755,14 @@ def test_tiny_imagenet_that_is_half_unpacked(tiny):
         tiny_imagenet(tiny)
     write_images(tiny / 'train' / 'n04', ('images',), 1, ending='JPEG')
     (tiny / 'wnids.txt').write_text('n01\nn02\nn04\n')
-    with pytest.raises(ValueError, match='2.JPEG the class n03, which wnids.txt does not list'):
+    with pytest.raises(ValueError, match='2.JPEG n03 0 32 44 62.*expected the name of an image and a class of wnids.txt'):
+        tiny_imagenet(tiny)
+
+
+@pytest.mark.parametrize('line', ['0.JPEG', '0.JPEG n01 0 0', '../images/0.JPEG\tn01', '/etc/passwd\tn01'])
+def test_tiny_imagenet_with_odd_lines(tiny, line):
+    (tiny / 'val' / 'val_annotations.txt').write_text(f'1.JPEG\tn01\t0\t32\t44\t62\n{line}\n')
+    with pytest.raises(ValueError, match='expected the name of an image and a class'):
         tiny_imagenet(tiny)
 
 
@@ -889,6 +930,9 @@ def test_batches_move_to_a_device():
     ([(torch.zeros(1), 0)], 'single samples'),
     ([(torch.zeros(2, 1), torch.zeros(3))], '2 samples and 3 labels'),
     ([(torch.zeros(2, 1), ['cat', 'dog'])], 'np.unique'),
+    (digits(), 'got DataSet; choose one part, such as data.train'),
+    (torch.zeros(2, 1), r'got Tensor; samples and labels go together.*\(x, y\)'),
+    ((torch.zeros(2, 1), [0, 1]), r'got Tensor; samples and labels go together'),
     (3, 'not iterable'),
 ])
 def test_batches_refuse(source, message):
@@ -928,6 +972,23 @@ def test_size_bounds_classes():
         assert (size_of(source), bounds_of(source), classes_of(source)) == (size, bounds, classes), name
         if size is not None:
             assert sum(len(b.x) for b in batches(source)) == size, name
+
+
+def test_questions_convert_nothing(monkeypatch):
+    "An array in double precision is converted by the walk, not by each question about it."
+    monkeypatch.setattr(data_module, '_as_tensor', lambda *args: pytest.fail('converted'))
+    pair = (np.zeros((3, 2)), np.zeros(3, dtype=int))
+    assert (size_of(pair), can_shuffle(pair), bounds_of(pair), classes_of(pair)) == (3, True, (0, 1), None)
+
+
+@pytest.mark.parametrize('classes, names', [
+    (['a', 'b'], ('a', 'b')), (np.array(['a', 'b']), ('a', 'b')), ({'a': 0, 'b': 1}, ('a', 'b')), ([0, 1], ('0', '1')),
+    ([('tench', 'Tinca tinca'), ('hen',)], ('tench', 'hen')), (10, None), ('words', None), ([], None),
+])
+def test_classes_as_other_libraries_keep_them(classes, names):
+    held = TensorDataset(torch.zeros(2, 1), torch.arange(2))
+    held.classes = classes
+    assert classes_of(Subset(held, [0])) == names
 
 
 # assets

@@ -1,5 +1,8 @@
 """Layer sustainability against literal forms, the published package's definition, and a table of known values."""
 
+import copy
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from robustnb.attacks import FGSM, PGD
 from robustnb.data import DataSet, mnist
 from robustnb.devices import seeded
 from robustnb.lsa import RULES, compare, layer_sustainability
-from robustnb.measures import MEASURES, Measure
+from robustnb.measures import MEASURES, Measure, topk_overlap
 from robustnb.models import build
 from robustnb.noises import Gaussian, Pepper, Salt, Speckle, matched
 from robustnb.stats import rank_agreement
@@ -121,8 +124,6 @@ def test_identical_inputs_and_scaled_layers(net, data):
     assert (zero.dataset['value'] == 0).all() and (zero.dataset['input_change'] == 0).all()
     with seeded(0):
         small = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4))
-    import copy
-
     loud = copy.deepcopy(small)
     with torch.no_grad():
         loud[1].weight.mul_(50)
@@ -397,9 +398,53 @@ def test_most_vulnerable_by_a_similarity_is_the_least_similar(net, data, measure
     result = layer_sustainability(net, data, FGSM(0.2), measure=measure, batch_size=16, show_progress=False)
     table, found = result.table(), result.most_vulnerable()
     assert found.layers == [table.layer[table['mean'].argmin()]] and '1 - value' in found.reason
-    loaded = result.most_vulnerable(k=3).ranking
-    assert loaded['mean'].is_monotonic_increasing and loaded.score.is_monotonic_decreasing
+    ranking = result.most_vulnerable(k=3).ranking
+    assert ranking['mean'].is_monotonic_increasing and ranking.score.is_monotonic_decreasing
     np.testing.assert_allclose(table.gain[1:], (1 - table['mean'][1:].values) / (1 - table['mean'][:-1].values), rtol=1e-5)
+
+
+def test_other_settings_of_a_similarity_rank_the_same_way(net, data):
+    class Wide(MEASURES['linear_cka'].fn):
+        width = 2000
+
+    class AsIs(MEASURES['linear_cka'].fn):
+        pass
+
+    for own, known in ((AsIs, 'linear_cka'), (partial(topk_overlap, k=4), 'topk_overlap'), (Wide, None)):
+        result = layer_sustainability(net, data, FGSM(0.2), measure=own, show_progress=False)
+        assert result.settings['similarity'] and '1 - value' in result.most_vulnerable().reason
+        if known == 'linear_cka':
+            same = layer_sustainability(net, data, FGSM(0.2), measure=known, show_progress=False)
+            assert result.most_vulnerable(k=3).ranking.equals(same.most_vulnerable(k=3).ranking)
+
+
+def test_the_change_at_the_input_is_the_one_the_network_sees(net, data):
+    "In half precision a part of a small change is rounded away, and a ratio to the other part would be none."
+    x, half = data.x, copy.deepcopy(net).half()
+
+    def slightly(model, x, y):
+        return x + 1e-5
+
+    result = layer_sustainability(half, (x, data.y), slightly, show_progress=False)
+    seen = ((x + 1e-5).half().float() - x.half().float()).flatten(1).norm(dim=1)
+    np.testing.assert_allclose(result.dataset['input_size'][0], seen, rtol=1e-4)
+    assert np.isfinite(result.table().lipschitz).all()
+
+
+def test_a_network_that_works_on_its_input_in_place(net, data):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x.mul_(0.5))
+
+    x_pert = Gaussian(0.2)(net, data.x)
+    halves, expected = compare(InPlace(), data.x, x_pert), compare(net, 0.5 * data.x, 0.5 * x_pert)
+    np.testing.assert_allclose(halves.dataset['value'], expected.dataset['value'], rtol=1e-5)
+    np.testing.assert_allclose(halves.dataset['input_size'], 2 * expected.dataset['input_size'], rtol=1e-5)
+    np.testing.assert_allclose(halves.table().lipschitz, expected.table().lipschitz / 2, rtol=1e-5)
 
 
 def test_the_explorer_knows_similarities_and_perturbations_without_a_strength(net, data):

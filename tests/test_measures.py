@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -386,6 +387,16 @@ def test_gradients_at_no_change(measure, rows):
 def test_gradients_are_right(measure, shape):
     clean, pert = pair(shape, torch.float64)
     assert torch.autograd.gradcheck(measure, (clean.requires_grad_(), pert.requires_grad_()))
+
+
+@pytest.mark.parametrize('name', ['relative_error', 'relative_l1', 'relative_linf', 'cosine_distance'])
+@pytest.mark.parametrize('side', [0, 1])
+def test_gradients_where_a_length_overflows(name, side):
+    pairs = [torch.randn(2, 4, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    pairs[side][0] = torch.tensor([3e38, 3e38, -3e38, 3e38])
+    pairs = [t.requires_grad_() for t in pairs]
+    for g in torch.autograd.grad(MEASURES[name](*pairs).sum(), pairs):
+        assert g.isfinite().all() and g[1].abs().sum() > 0
 
 
 def test_gradient_of_an_undefined_value_is_zero():
@@ -918,6 +929,8 @@ def test_block_gain_by_hand():
     close(block_gain(np.array([1.0, 3.0]), first=0.5), [2, 3])
     assert block_gain(torch.tensor([[1.0, 2.0]]), first=2).tolist() == [[0.5, 1]]
     assert block_gain(torch.tensor([1.0, inf, 2.0]), first=1)[1:].tolist() == [inf, inf], 'undefined stays undefined'
+    whole = block_gain(torch.tensor([2, 4, 1]))
+    assert whole[0].isnan() and whole[1:].tolist() == [2, 0.25], 'whole numbers are welcome'
 
 
 @given(profile=arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 3)), elements=st.floats(0.01, 100)))
@@ -1007,6 +1020,26 @@ class Units(Accumulator):
         return self.state['units']
 
 
+def test_other_settings_keep_the_facts():
+    "A similarity that passed for a distance would turn every ranking of layers upside down."
+
+    class Wide(LinearCKA):
+        width = 1000
+
+    class Wider(Wide):
+        width = 2000
+
+    for made, known in ((partial(topk_overlap, k=2), 'topk_overlap'), (partial(partial(mse)), 'mse'),
+                        (Wide, 'linear_cka'), (Wider, 'linear_cka')):  # fmt: skip
+        m = as_measure(made)
+        assert m.fn is made and m.name == getattr(made, '__name__', known)
+        for fact in ('similarity', 'differentiable', 'high', 'formula', 'source', 'stream'):
+            assert getattr(m, fact) == getattr(MEASURES[known], fact)
+    clean, pert = pair((3, 6))
+    assert torch.equal(as_measure(partial(topk_overlap, k=2))(clean, pert), topk_overlap(clean, pert, k=2))
+    assert not as_measure(partial(torch.dist)).similarity and not as_measure(Units).similarity
+
+
 def test_damage_has_one_direction():
     distance, similarity = MEASURES['mse'], MEASURES['linear_cka']
     values = [1.0, 0.25, 0.0, inf, math.nan]
@@ -1034,13 +1067,22 @@ def test_measures_of_ones_own():
     assert int(units.compute()) == 36
 
 
-@pytest.mark.parametrize('unknown', ['relative-error', 'MSE', 'nonsense', '', None, 3])
+@pytest.mark.parametrize('unknown', ['relative-error', 'MSE', 'nonsense', '', None, 3, ['mse']])
 def test_unknown_measures_are_refused(unknown):
     with pytest.raises((KeyError, TypeError), match='relative_error, relative_l1'):
         as_measure(unknown)
 
 
-@pytest.mark.parametrize('fn', [torch.sub, lambda c, p: (p - c).norm(), lambda c, p: (p - c).norm(dim=1)[:, None]])
+@pytest.mark.parametrize(
+    'fn',
+    [
+        torch.sub,
+        lambda c, p: (p - c).norm(),
+        lambda c, p: (p - c).norm(dim=1)[:, None],
+        lambda c, p: float((p - c).norm()),
+        lambda c, p: (p - c).norm(dim=1).tolist(),
+    ],
+)
 def test_a_measure_returns_one_number_per_sample(fn):
     with pytest.raises(ValueError, match='one value per sample'):
         as_measure(fn)(*pair((4, 3)))

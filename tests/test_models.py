@@ -377,6 +377,17 @@ def test_pretrained_errors(monkeypatch):
         build('torchvision', arch='resnet18', pretrained=True)
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.parametrize(
+    'content', [b'<html>Please log in</html>', b'', pickle.dumps(argparse.Namespace())], ids=['page', 'empty', 'program'])
+def test_pretrained_weights_that_are_something_else(content, tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'shufflenetv2_x0.5-f707e7126e.pth').write_bytes(content)
+    with pytest.raises(ValueError, match=r'x0\.5-f707e7126e\.pth is not what torchvision published .*: remove it'):
+        build('torchvision', arch='shufflenet_v2_x0_5', pretrained=True)
+
+
 @pytest.mark.parametrize('error', [
     ImportError('No module named torchvision'), RuntimeError('operator torchvision::nms does not exist'),
 ])
@@ -535,6 +546,9 @@ def test_an_entry_by_its_name(tmp_path):
     for entry in ('epoch', 'nothing'):
         with pytest.raises(ValueError, match=f"no entry '{entry}' with weights; there are: state_dict, ema"):
             models.load(build('digits_cnn'), tmp_path / 'w.pt', entry=entry)
+    torch.save(net.state_dict(), tmp_path / 'plain.pt')
+    with pytest.raises(ValueError, match="is a state dict without entries; leave entry='net' out"):
+        models.load(build('digits_cnn'), tmp_path / 'plain.pt', entry='net')
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
@@ -578,6 +592,8 @@ def test_a_model_without_memory(tmp_path):
 def test_what_is_no_model_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match=r"got dict\. If that is a checkpoint.*torch\.save\(checkpoint\['state_dict'\]"):
         models.save({'state_dict': {}}, tmp_path / 'w')
+    with pytest.raises(TypeError, match='the first argument is the model to fill.*got .*Path'):
+        models.load(tmp_path / 'w', build('lenet5'))
 
 
 @pytest.mark.parametrize('name', [n for n in NARROW if n != 'torchvision'])
@@ -678,13 +694,13 @@ FILES = {
     'nothing': (b'', ['is empty']),
     'text': (b'hello world', ["neither safetensors nor a PyTorch checkpoint; it starts with b'hello wo'"]),
     'half a checkpoint': (
-        content_of(lambda f: torch.save(lenet5().state_dict(), f))[:5000], ['cut off, damaged or a TorchScript']),
+        content_of(lambda f: torch.save(lenet5().state_dict(), f))[:5000], ['cut off, damaged or an archive of another kind']),
     'settings beside the weights': (
         content_of(lambda f: torch.save({'state_dict': lenet5().state_dict(), 'args': argparse.Namespace(lr=1)}, f)), WHOLE),
     'a safetensors file that was cut off': (
         safetensors.torch.save(lenet5().state_dict())[:-100], ['cut off or damaged']),
     'half a safetensors file': (b'\x10\x00\x00\x00\x00\x00\x00\x00{"a":', ['cut off or damaged']),
-    'another zip': (content_of(write_zip), ['cut off, damaged or a TorchScript']),
+    'another zip': (content_of(write_zip), ['cut off, damaged or an archive of another kind']),
     'a number': (content_of(lambda f: torch.save(3, f)), ['holds no weights']),
     'a bare tensor': (content_of(lambda f: torch.save(torch.zeros(2), f)), ['holds no weights']),
     'two sets': (content_of(lambda f: torch.save({k: {'a': torch.zeros(1)} for k in ('ema', 'net')}, f)),
@@ -757,3 +773,11 @@ def forward_on_xla(folder: Path) -> None:
 def test_models_on_xla_equal_eager(tmp_path):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as processes:
         processes.submit(forward_on_xla, tmp_path).result()
+
+
+def test_load_wants_a_model_and_not_its_class(tmp_path):
+    class Net(nn.Module):
+        pass
+
+    with pytest.raises(TypeError, match=r'write Net\(\)'):
+        models.load(Net, tmp_path / 'weights.safetensors')

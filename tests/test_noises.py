@@ -229,6 +229,7 @@ def test_your_own_noise(net, batch):
     assert Dim().scaled(0.5).factor == 0.25
     x_pert = matched(Dim(), a_function)(net, *batch)
     assert torch.allclose(x_pert, batch[0] * 0.9, atol=1e-5), 'the attack is found again'
+    assert np.isinf(Gaussian.strongest) and Gaussian(7).std == 7
     for base in (Noise(), PixelNoise()):
         with pytest.raises(TypeError, match='base class'):
             base(None, batch[0])
@@ -239,6 +240,10 @@ def test_settings_are_checked(batch):
         with pytest.raises(ValueError, match='at least'):
             wrong()
     for noise in NOISES:
+        if noise.strongest == 1:
+            noise.at(1)
+            with pytest.raises(ValueError, match=f'{noise.strength_field} of {noise.name} must be .* at most 1, got 5'):
+                noise.at(5)
         with pytest.raises(ValueError, match='Normalized'):
             noise(None, batch[0] * 3)
         with pytest.raises(ValueError, match='5 ids for 12 samples'):
