@@ -11,7 +11,6 @@ project, author, copyright = config['title'], config['author'], config['copyrigh
 version = release = config['version']
 
 extensions = ['myst_nb', 'sphinx.ext.linkcode', 'sphinx_copybutton']
-exclude_patterns = ['.doctrees']
 highlight_language = 'text'  # of code in prose that names none
 html_theme, html_title, html_baseurl = 'furo', project, f'{config["doc_host"]}{config["doc_baseurl"]}/'
 html_static_path, html_css_files = [str(ROOT / 'docs' / '_static')], ['site.css']

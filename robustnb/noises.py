@@ -64,6 +64,10 @@ def _ids(x: Tensor, ids: Tensor | None) -> Tensor:
         raise ValueError(f'{len(ids)} ids for {len(x)} samples; ids= takes one integer per sample')
     return ids.to(x.device)
 
+def _name_of(perturbation) -> str:
+    "The name of a perturbation or a function."
+    return getattr(perturbation, 'name', getattr(perturbation, '__name__', type(perturbation).__name__))
+
 def _into(bounds: tuple[float, float] | None, x: Tensor) -> Tensor:
     "Clip `x` into `bounds`."
     return x if bounds is None else x.clamp(*bounds)
@@ -257,22 +261,18 @@ def perturb(
         got = tuple(x_pert.shape) if isinstance(x_pert, Tensor) else type(x_pert).__name__
         raise ValueError(f'{name} must return a tensor of shape {tuple(x.shape)}, got {got}')
     try:
-        check_inputs(x_pert, bounds=None)
+        x_pert = check_inputs(x_pert, bounds=None)
     except (TypeError, ValueError) as error:
         raise type(error)(f'{name} returned what no model should get: {error}') from error
     if bounds is not None and _outside(x_pert, bounds) and not _outside(x, bounds):
-        _say_once(f'{name} leaves the range of the inputs, {tuple(bounds)}: clamp what it returns, or its size cannot be compared')
-    return x_pert.detach()
+        _say_once(f'{name} leaves the range of the inputs, {tuple(bounds)}: clamp what it returns, or its size says little')
+    return x_pert
 
 def _outside(x: Tensor, bounds: tuple[float, float]) -> bool:
     "Whether a value lies beyond `bounds`, by more than rounding."
     return x.numel() > 0 and (float(x.min()) < bounds[0] - 1e-4 or float(x.max()) > bounds[1] + 1e-4)
 
 # %% ../nbs/19_noises.ipynb #1fe5e1ad
-def _name_of(perturbation) -> str:
-    "The name of a perturbation or a function."
-    return getattr(perturbation, 'name', getattr(perturbation, '__name__', type(perturbation).__name__))
-
 def _names(several: list) -> list[str]:
     "Names of perturbations and functions, told apart by strength where they would be equal."
     names = [_name_of(p) for p in several]

@@ -219,6 +219,7 @@ def _draw_lines(
         else:
             ax.plot(places, values, 'o', color=color, label=name, markersize=7)
             ax.vlines(places, low, high, color=color, alpha=0.5)
+            ax.margins(x=0.08)
         if np.isfinite(values).any():
             ends[name] = values[np.isfinite(values)][-1]
     if ylim is not None:
@@ -380,6 +381,7 @@ def heatmap(
 ) -> Figure:
     "Draw a table as colours, with the numbers in the cells where there is room for them."
     values = _array(table).astype(float)
+    values[~np.isfinite(values)] = np.nan
     if values.ndim != 2 or not values.size:
         raise ValueError(f'a heatmap needs a two-dimensional table with entries, got shape {values.shape}')
     index, columns = (table.index, table.columns) if hasattr(table, 'columns') else (None, None)
@@ -473,8 +475,9 @@ def _tiles(
             centres.append(y + 0.47 * shape)
             labels.append(label)
             y += shape
-    fig.set_size_inches(7.5, y * inches + (0.45 if title else 0.12))
-    ax.set(xlim=(0, (7.4 - margin) / inches), ylim=(y, -0.02), aspect='equal', anchor='W', xticks=[], title=title or '')
+    head = _fold(title or '', int(10 * (7.4 - margin)))
+    fig.set_size_inches(7.5, y * inches + (0.24 + 0.21 * (head.count('\n') + 1) if head else 0.12))
+    ax.set(xlim=(0, (7.4 - margin) / inches), ylim=(y, -0.02), aspect='equal', anchor='W', xticks=[], title=head)
     ax.set_yticks(centres, labels)
     ax.spines[:].set_visible(False)
     ax.grid(False)
@@ -484,19 +487,21 @@ def _tiles(
 def image_strip(
     images: Any,  # (n, 1 or 3, height, width) or (n, height, width), or a dict of them: name of the row -> images
     titles: Sequence[str] | Mapping[str, Sequence[str]] = (),  # words above the first row, or name of the row -> words
-    signed: Collection[str] | bool = (),  # names of the rows that are differences; True for all of them
+    signed: Collection[str] | str | bool = (),  # names of the rows that are differences; True for all of them
     title: str | None = None,  # what is seen
 ) -> Figure:
     "Draw images side by side, one row for each name: all on one scale, differences around zero."
     rows = {name: _as_images(name, row) for name, row in _as_rows(images).items()}
     captions = titles if isinstance(titles, Mapping) else {next(iter(rows)): titles}
-    differences = set(rows) if signed is True else set(signed or ())
+    differences = list(rows) if signed is True else [signed] if isinstance(signed, str) else list(signed or ())
     if unknown := [name for name in [*captions, *differences] if name not in rows]:
         raise ValueError(f'no such row: {unknown}; the rows are {list(rows)}')
     shared = _scale(np.concatenate([row.ravel() for name, row in rows.items() if name not in differences] or [[0]]))
     drawn = []
     for name, row in rows.items():
         limits = _limits(row, signed=True) if name in differences else None
+        if len(captions.get(name, ())) > len(row):
+            raise ValueError(f'row {name!r} has {len(row)} images, but {len(captions[name])} titles')
         tiles = [_paint(image, limits or shared, _SIGNED if limits else 'gray') for image in row]
         drawn.append((_label(name, limits), tiles, captions.get(name, ())))
     return _tiles(drawn, title)
@@ -546,7 +551,7 @@ def _unit_outlines(rows: dict[str, np.ndarray], numbers: np.ndarray, title: str 
         ax.stairs(row, edges, baseline=0, color=color_of(name, list(rows)), label=name, **look)
     some = numbers[-1] >= len(numbers)
     which = f' (the {len(numbers)} that changed most)' if some else ''
-    ax.set(xlabel=f'unit{which}', ylabel='activation', title=title or '', xlim=(edges[0], edges[-1]))
+    ax.set(xlabel=f'unit{which}', ylabel='activation', title=_fold(title or '', 74), xlim=(edges[0], edges[-1]))
     if some or len(numbers) <= 24:
         ax.set_xticks(range(len(numbers)), [str(n) for n in numbers] if len(numbers) <= 24 else [''] * len(numbers))
     _legend(ax)

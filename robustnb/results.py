@@ -107,17 +107,27 @@ def save_arrays(
     _write(Path(path), save(arrays, {'robustnb': header}))
 
 # %% ../nbs/13_results.ipynb #3e742d2b
+def _tensor(file: Any, name: str) -> np.ndarray:
+    "One array of an open safetensors file, or an error if NumPy has no such type."
+    try:
+        return file.get_tensor(name)
+    except (AttributeError, TypeError) as error:
+        kind = file.get_slice(name).get_dtype()
+        raise TypeError(f'array {name!r} has the type {kind}; NumPy has none, so use safetensors.torch.load_file') from error
+
+# %% ../nbs/13_results.ipynb #cd7c14d6
 def load_arrays(
     path: str | Path,  # a file of `save_arrays`, or any other safetensors file
 ) -> tuple[dict[str, np.ndarray], dict]:  # name -> array, in the order of saving; and the meta
     "Read what `save_arrays` has written. Nothing in the file is executed."
+    Path(path).open('rb').close()  # unlike those of safetensors, errors of opening name the file
     try:
         with safe_open(path, framework='np') as file:
             about = file.metadata() or {}
             header = json.loads(about['robustnb']) if 'robustnb' in about else {'names': file.keys(), 'meta': about}
             if header.get('format', 1) != 1:
                 raise ValueError(f'{path} is in format {header["format"]}: a newer robustnb wrote it; upgrade to read it')
-            return {name: file.get_tensor(name) for name in header['names']}, header['meta']
+            return {name: _tensor(file, name) for name in header['names']}, header['meta']
     except SafetensorError as error:
         raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
 
@@ -405,18 +415,24 @@ def _check_header(path: Path, first: bytes) -> None:
         raise ValueError(f'{path} is a record store in another format: a newer robustnb wrote it; upgrade to read it')
 
 # %% ../nbs/13_results.ipynb #7779b0f1
-def _read_from(path: Path, start: int) -> tuple[list[bytes], bytes]:
-    "The whole lines of a file from byte `start` on, and what comes after the last of them."
+def _changed(path: Path) -> ValueError:
+    "The error for a file that is not what was read before."
+    return ValueError(f'{path} is not the file that it was: something else has changed it. Open it again with Records')
+
+def _read_from(path: Path, start: int, last: bytes) -> tuple[list[bytes], bytes]:
+    "The whole lines of a file from byte `start` on, where `last` stands before, and what comes after the last of them."
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         size = 0
-    if size < start:
-        raise ValueError(f'{path} is shorter than it was: something else has changed it. Open it again with Records')
     if size == start:
         return [], b''
+    if size < start:
+        raise _changed(path)
     with path.open('rb') as file:
-        file.seek(start)
+        file.seek(start - len(last))
+        if file.read(len(last)) != last:
+            raise _changed(path)
         *lines, rest = file.read().split(b'\n')
     return lines, rest
 
@@ -424,10 +440,10 @@ def _sound(line: bytes) -> bool:
     "Whether a line is as it was written."
     return line[-18:] == _checksum(line[:-18])
 
-def _read_new(path: Path, start: int) -> tuple[list[bytes], bytes]:
+def _read_new(path: Path, start: int, last: bytes) -> tuple[list[bytes], bytes]:
     "As `_read_from`, a second time if a line is not sound: a torn one may have been cut off while it was read."
-    lines, rest = _read_from(path, start)
-    return (lines, rest) if all(map(_sound, lines)) else _read_from(path, start)
+    lines, rest = _read_from(path, start, last)
+    return (lines, rest) if all(map(_sound, lines)) else _read_from(path, start, last)
 
 def _parse(path: Path, number: int, line: bytes) -> dict:
     "What a line says, or an error with its number."
@@ -477,6 +493,8 @@ def _appending(path: Path) -> Iterator[int]:
     locked = False
     try:
         locked = _could_lock(file, path)
+        if not (path.exists() and os.path.samestat(os.fstat(file), path.stat())):
+            raise _changed(path)
         yield file
     finally:
         if locked:
@@ -498,17 +516,17 @@ def _append(file: int, data: bytes, durable: bool) -> None:
 
 # %% ../nbs/13_results.ipynb #b3735f2d
 def _refresh(store: 'Records') -> tuple[int, bytes]:
-    "Read the lines that are new, and say where they end and what comes after: nothing, or a torn line."
-    end, count = store._read
-    lines, rest = _read_new(store.path, end)
+    "Read the lines that are new, and say where they end and what comes after: nothing, or a line without its end."
+    end, count, last = store._read
+    lines, rest = _read_new(store.path, end, last)
     if not end:
         _check_header(store.path, lines[0] if lines else rest)
-    for number, line in enumerate(lines, count + 1):
+    for number, line in enumerate([*lines, rest] if _sound(rest) else lines, count + 1):
         record = _parse(store.path, number, line)
         if 'task' in record:  # not the header
             store._lines[task_key(record['task'])] = line
-        end += len(line) + 1
-    store._read = end, count + len(lines)
+    end += sum(len(line) + 1 for line in lines)
+    store._read = end, count + len(lines), lines[-1][-18:] + b'\n' if lines else last
     return end, rest
 
 # %% ../nbs/13_results.ipynb #444f4c2c
@@ -522,16 +540,18 @@ def _add(store: 'Records', task: dict, values: dict, replace: bool) -> None:
     "What `Records.add` does, with values that are plain."
     line, key = _store_line(task, values), task_key(task)
     with _appending(store.path) as file:
-        end, torn = _refresh(store)
+        end, rest = _refresh(store)
         if key in store._lines:
             known = json.loads(store._lines[key])['values']
             if _canonical(known) == _canonical(values):
                 return
             if not replace:
                 raise ValueError(f'{task} has other values already: {known}, not {values}; pass replace=True if these hold')
-        if torn:
+        if _sound(rest):  # only the line break is missing
+            line = b'\n' + line
+        elif rest:
             os.ftruncate(file, end)
-        _append(file, line if end else _HEADER + line, store.durable)
+        _append(file, line if end or _sound(rest) else _HEADER + line, store.durable)
 
 def _store_table(pairs: list[tuple[dict, dict]]):
     "Records as a tidy DataFrame: the columns of the tasks, then those of the values."
@@ -550,7 +570,7 @@ class Records:
     ):
         self.path, self.durable = Path(path).absolute(), durable
         self._lines: dict[str, bytes] = {}  # key of a task -> its line
-        self._read = 0, 0  # how far the file has been read, in bytes and in lines
+        self._read = 0, 0, b''  # how far the file has been read, in bytes and in lines, and the end of the last one
         _refresh(self)
 
     def add(self, task: Mapping[str, Any], values: Mapping[str, Any], replace: bool = False) -> None:

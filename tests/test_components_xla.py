@@ -55,7 +55,8 @@ for seed in range(12):
     seen.append(compile_count())
 print('compilations', seen[-1] - seen[1], seen)
 
-for measure in ('relative_error', 'energy_relative_error'):
+MEASURES = ('relative_error', 'topk_overlap', 'energy_relative_error', 'centred_error', 'linear_cka')
+for measure in MEASURES:
     a, b = (layer_sustainability(m, (x, y), Gaussian(0.1), measure=measure, show_progress=False).table()['mean'].to_numpy()
             for m in (net, other))
     print(measure, len(a), float(np.abs(a - b).max()))
@@ -83,8 +84,8 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
         assert float(apart) < 0.005 and float(loss) < 1e-3 and success == 'True'
     found = {line[0]: line[1:] for line in lines}
     assert int(found['compilations'][0]) <= 1, 'ten more seeds and strengths do not compile ten more programs'
-    assert found['relative_error'][0] == '5' and float(found['relative_error'][1]) < 1e-4
-    assert float(found['energy_relative_error'][1]) < 1e-4
+    measures = ('relative_error', 'topk_overlap', 'energy_relative_error', 'centred_error', 'linear_cka')
+    assert all(found[name][0] == '5' and float(found[name][1]) < 1e-4 for name in measures), ran.stdout
     assert found['evaluation'] == ['True']
     noises = [line for line in lines if line[0] == 'noise']
     assert len(noises) == 5

@@ -3,7 +3,11 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -296,6 +300,26 @@ def test_the_front_page_has_a_place_for_the_contents():
         docs.with_contents(new_notebook(), 'NEW')
     cells = COMPONENTS['index.ipynb']['cells']
     assert sum(''.join(cell['source']).startswith(docs.CONTENTS + '\n') for cell in cells) == 1
+
+
+def test_the_site_is_replaced_by_a_whole_one_only(tmp_path, monkeypatch):
+    results = iter([0, 1])
+
+    def build(arguments: list[str]) -> int:
+        site = Path(arguments[-1])
+        site.mkdir(parents=True)
+        (site / 'index.html').write_text(result := str(next(results)))
+        (site.parent / 'jupyter_execute').mkdir()  # as myst-nb does
+        return int(result)
+
+    monkeypatch.setitem(sys.modules, 'sphinx.cmd.build', SimpleNamespace(main=build))
+    monkeypatch.setattr(docs, 'write_pages', lambda: shutil.rmtree(docs.WORK, ignore_errors=True))
+    monkeypatch.setattr(docs, 'WORK', tmp_path / '_proc')
+    monkeypatch.setattr(docs, 'SITE', tmp_path / '_docs')
+    monkeypatch.setattr(sys, 'argv', ['docs.py'])
+    assert [docs.main(), docs.main()] == [0, 1]
+    assert (tmp_path / '_docs/index.html').read_text() == '0'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['_docs', '_proc'], 'both of them are ignored by git'
 
 
 # -------------------------------------------------------------------------------------------- workflows, and the rest

@@ -294,6 +294,9 @@ AT_ZERO = {f'attack {i}': np.maximum(0.9 - (4 + i) * EPS, 0) for i in range(6)}
         lambda: image_strip({'signal': np.zeros((3, 1, 1, 784)), 'change': np.zeros((3, 1, 784))}, signed=['change']),
         lambda: image_strip({'a': np.zeros((1, 3, 64, 64)), 'b': np.zeros((1, 8, 8))}, {'a': ['3'], 'b': ['8 ' * 40]}),
         lambda: feature_maps({'clean': np.zeros((64, 7, 7)), 'PGD': np.ones((64, 7, 7))}, top=20, title='Twenty'),
+        lambda: image_strip({'a row with a long name': np.zeros((2, 8, 8))}, title='A title of very many words ' * 4),
+        lambda: feature_maps({'clean': np.zeros(10), 'PGD': np.ones(10)}, title='A title of very many words ' * 4),
+        lambda: spread(LAYERS[:2], {'PGD': np.eye(2)}, 'layer', 'y', 'A title of very many words ' * 4),
     ],
 )
 def test_legible_at_600_pixels(make):
@@ -514,6 +517,11 @@ def test_heatmaps_at_the_edge(table, signed, recwarn):
     assert not recwarn.list
 
 
+def test_what_is_not_finite_is_grey_and_legible():
+    fig = heatmap([[np.inf, -np.inf, np.nan, 1, 2]])
+    assert [(t.get_text(), t.get_color()) for t in fig.axes[0].texts][:3] == [('–', plots._INK)] * 3
+
+
 @pytest.mark.parametrize(
     'call, message',
     [
@@ -620,7 +628,9 @@ def test_pixels_that_are_not_finite(recwarn):
         (lambda: image_strip(np.zeros((0, 4, 4))), 'needs images'),
         (lambda: image_strip({}), 'no row of images'),
         (lambda: image_strip({'a': np.zeros((1, 4, 4))}, signed=['b']), r"no such row: \['b'\]; the rows are \['a'\]"),
+        (lambda: image_strip({'a': np.zeros((1, 4, 4))}, signed='bc'), r"no such row: \['bc'\]; the rows are \['a'\]"),
         (lambda: image_strip({'a': np.zeros((1, 4, 4))}, titles={'b': ['3']}), 'no such row: '),
+        (lambda: image_strip(np.zeros((2, 4, 4)), titles='abc'), "row '' has 2 images, but 3 titles"),
     ],
 )
 def test_bad_images(call, message):

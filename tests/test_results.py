@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save
 
 from robustnb import results
 from robustnb.results import Records, Result, load_arrays, per_layer, provenance, ragged, save_arrays, task_key
@@ -247,9 +248,10 @@ def test_a_folder_that_refuses_new_files(tmp_path, monkeypatch):
     def refuse(*args):
         raise PermissionError(errno.EACCES, 'Permission denied', str(args[0]))
 
-    monkeypatch.setattr(Path, 'open', refuse)
-    with pytest.raises(PermissionError, match='f could not be written; what was there before still is. Permission denied$'):
-        save_arrays(path, {}, {'version': 'new'})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'open', refuse)
+        with pytest.raises(PermissionError, match='f could not be written; what was there before still is. Permission denied$'):
+            save_arrays(path, {}, {'version': 'new'})
     assert load_arrays(path)[1] == {'version': 'old'} and [p.name for p in tmp_path.iterdir()] == ['f']
 
 
@@ -336,9 +338,18 @@ def test_files_of_another_kind(tmp_path, content):
         load_arrays(tmp_path / 'f')
 
 
+@pytest.mark.parametrize('dtype, name', [(torch.bfloat16, 'BF16'), (torch.float8_e4m3fn, 'F8_E4M3')])
+def test_types_that_numpy_has_not(tmp_path, dtype, name):
+    torch_save({'w': torch.ones(3).to(dtype)}, tmp_path / 'f')
+    with pytest.raises(TypeError, match=f"array 'w' has the type {name}; .*use safetensors.torch.load_file"):
+        load_arrays(tmp_path / 'f')
+
+
 def test_missing_and_newer_files(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match='absent'):
         load_arrays(tmp_path / 'absent')
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):  # a folder
+        load_arrays(tmp_path)
     save_file({}, tmp_path / 'f', {'robustnb': json.dumps({'format': 2, 'names': [], 'meta': {}})})
     with pytest.raises(ValueError, match='format 2: a newer robustnb wrote it'):
         load_arrays(tmp_path / 'f')
@@ -915,12 +926,23 @@ def test_a_line_torn_at_any_byte(tmp_path):
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         found = Records(path)
-        survived = max(0, sum(start <= cut for start in starts) - 2)
+        survived = max(0, sum(start - 1 <= cut for start in starts[1:]) - 1)  # the line break alone may be missing
         assert [task['seed'] for task, _ in found] == list(range(survived))
         assert path.read_bytes() == whole[:cut]  # reading repairs nothing
         for seed in range(3):
             found.add({'layer': 'conv1', 'seed': seed}, {'accuracy': seed / 10})
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == (whole if cut != len(whole) - 1 else whole[:-1])
+
+
+def test_an_editor_that_took_the_last_line_break_away(tmp_path):
+    path = small(tmp_path / 'f').path
+    path.write_bytes(path.read_bytes()[:-1])
+    store = Records(path)
+    assert len(store) == len(list(store)) == 4
+    with pytest.raises(ValueError, match='other values'):
+        store.add({'layer': 'conv1', 'seed': 3}, {'accuracy': 9})
+    store.add({'layer': 'conv1', 'seed': 4}, {'accuracy': 0.4})
+    assert path.read_bytes() == small(tmp_path / 'g', 5).path.read_bytes() and len(store) == len(Records(path)) == 5
 
 
 def test_a_store_that_is_open_survives_a_torn_line(tmp_path):
@@ -996,8 +1018,33 @@ def test_a_store_that_was_cut_or_removed(tmp_path, harm):
     store = small(tmp_path / 'f')
     harm(store.path)
     for act in (lambda: store.add({'seed': 9}, {}), lambda: len(store), lambda: store.table(), lambda: {} in store):
-        with pytest.raises(ValueError, match='is shorter than it was.*Open it again with Records'):
+        with pytest.raises(ValueError, match='is not the file that it was.*Open it again with Records'):
             act()
+
+
+@pytest.mark.parametrize('torn', [b'', b'{"task":{"seed'])
+def test_a_store_that_was_replaced_by_a_longer_one(tmp_path, torn):
+    store, other = small(tmp_path / 'f'), Records(tmp_path / 'g')
+    for seed in range(40):
+        other.add({'seed': seed}, {'loss': 1})
+    with other.path.open('ab') as file:
+        file.write(torn)
+    os.replace(other.path, store.path)
+    whole = store.path.read_bytes()
+    for act in (lambda: store.add({'seed': 9}, {}), lambda: len(store), lambda: {} in store):
+        with pytest.raises(ValueError, match='is not the file that it was.*Open it again with Records'):
+            act()
+    assert store.path.read_bytes() == whole and len(Records(store.path)) == 40
+
+
+@pytest.mark.parametrize('harm', [lambda path: os.replace(path.with_name('g'), path), Path.unlink])
+def test_a_store_that_is_replaced_during_the_wait_for_the_lock(tmp_path, monkeypatch, harm):
+    store = small(tmp_path / 'f')
+    (tmp_path / 'g').write_bytes(store.path.read_bytes())
+    lock = results._lock
+    monkeypatch.setattr(results, '_lock', lambda file, hold: (hold and harm(store.path), lock(file, hold)))
+    with pytest.raises(ValueError, match='is not the file that it was'):
+        store.add({'seed': 9}, {})  # would go into a file without a name
 
 
 def test_a_record_that_does_not_fit_on_the_disk(tmp_path, file_limit):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import selectors
 import subprocess
 import sys
 
@@ -256,6 +257,24 @@ def test_sliders_answer_when_they_are_let_go(explorer):
 # ---------------------------------------------------------------------------------------------------------- waiting
 
 
+class SkippingLoop(asyncio.SelectorEventLoop):
+    "An event loop whose clock jumps over every wait, so that nothing depends on how fast the machine is."
+
+    def __init__(self):
+        self.now, selector = 0.0, selectors.SelectSelector()
+        wait = selector.select
+
+        def skip(timeout=None):
+            self.now += timeout or 0
+            return wait(0)
+
+        selector.select = skip
+        super().__init__(selector)
+
+    def time(self) -> float:
+        return self.now
+
+
 def in_a_loop(draw, moves, wait: float = 0.03, describe=None) -> Explorer:
     "Let the coroutine `moves(explorer, slider)` run in an event loop, as a kernel has one, with nothing drawn so far."
 
@@ -266,7 +285,8 @@ def in_a_loop(draw, moves, wait: float = 0.03, describe=None) -> Explorer:
         await moves(explorer, slider)
         return explorer
 
-    return asyncio.run(live())
+    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
+        return runner.run(live())
 
 
 def test_quick_moves_are_drawn_once(draw):

@@ -1,9 +1,9 @@
 """The site from the notebooks: `python tools/docs.py` writes _docs/index.html.
 
 Nothing is executed: pages show the committed outputs, and signatures are read from the source of the cells that define
-them. _proc/ receives the pages as Sphinx takes them; nothing else in the project is written.
+them. _proc/ receives the pages as Sphinx takes them and all that is made on the way; nothing else in the project is written.
 
-    nbs/02_measures.ipynb  ->  _proc/measures.ipynb  ->  _docs/measures.html
+    nbs/02_measures.ipynb  ->  _proc/pages/measures.ipynb  ->  _docs/measures.html
 """
 
 import argparse
@@ -26,7 +26,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 from run_notebooks import NBS, ROOT, directives, notebooks
 
-PAGES, SITE = ROOT / '_proc', ROOT / '_docs'
+WORK, SITE = ROOT / '_proc', ROOT / '_docs'
+PAGES = WORK / 'pages'
 CONTENTS = '## Where to go'  # the section of nbs/index.ipynb that becomes the site's table of contents
 
 # A component belongs to the last group whose number is not above its own; a notebook in a folder to the folder's group.
@@ -535,7 +536,7 @@ def with_contents(nb: NotebookNode, text: str) -> NotebookNode:
 
 def write_pages() -> None:
     "Everything that Sphinx takes, freshly into _proc/."
-    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.rmtree(WORK, ignore_errors=True)
     nbs = {p.relative_to(NBS).as_posix(): nbformat.read(p, as_version=4) for p in notebooks()}
     names, known = symbols(nbs), known_classes(nbs)
     pages = {f'nbs/{name}': page_name(name) for name in nbs} | PROJECT
@@ -573,10 +574,12 @@ def main() -> int:
     from sphinx.cmd.build import main as sphinx_build
 
     write_pages()
-    shutil.rmtree(SITE, ignore_errors=True)
-    options = ['-q', '-E', '-W', '--keep-going', '-b', 'html', '-c', str(ROOT / 'docs'), '-d', str(PAGES / '.doctrees')]
-    failed = sphinx_build([*options, str(PAGES), str(SITE)])
+    built = WORK / 'site'  # not at once in its place: myst-nb leaves a folder of its own beside it
+    options = ['-q', '-E', '-W', '--keep-going', '-b', 'html', '-c', str(ROOT / 'docs'), '-d', str(WORK / 'doctrees')]
+    failed = sphinx_build([*options, str(PAGES), str(built)])
     if not failed:
+        shutil.rmtree(SITE, ignore_errors=True)
+        built.rename(SITE)
         print(f'The site is in {os.path.relpath(SITE / "index.html")}')
     return failed
 

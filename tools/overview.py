@@ -14,8 +14,8 @@ from robustnb.training import trained
 
 EPS = [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2]
 test, model = digits(28).test, trained('digits_cnn', 'digits28')
-table = evaluate(model, test, [Gaussian(), FGSM(), PGD(steps=20)], EPS).table()
-profile = layer_sustainability(model, test, [Gaussian(0.1), FGSM(0.1), PGD(0.1, steps=20)])
+table = evaluate(model, test, [Gaussian(), FGSM(), PGD()], EPS).table()
+profile = layer_sustainability(model, test, [Gaussian(0.1), FGSM(0.1), PGD(0.1)])
 size = profile.sizes().set_index('perturbation').input_change
 
 with style():
@@ -31,6 +31,6 @@ with style():
         ['input', *profile.layers],
         {name: tuple(np.r_[size[name], rows[c]] for c in ('mean', 'low', 'high'))
          for name, rows in profile.table().groupby('perturbation', sort=False)},
-        xlabel='layer', ylabel='relative error', ax=right, title='Which layer lets it through? (strength 0.1)',
+        xlabel='layer', ylabel='relative error', ax=right, ylim=(0, 0.35), title='Which layer lets it through? (strength 0.1)',
     )
 fig.savefig(Path(__file__).parents[1] / 'nbs' / 'images' / 'overview.png', dpi=100)
