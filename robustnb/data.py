@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 from urllib.error import URLError
@@ -163,17 +163,16 @@ def cache_folder() -> Path:  # the folder in the environment variable `ROBUSTNB_
     "Where this library keeps what it downloads or trains for you. Deleting it is safe."
     return Path(os.environ.get('ROBUSTNB_HOME') or '~/.cache/robustnb').expanduser()
 
-def _torchvision_datasets():
-    "The module `torchvision.datasets`, or an error that says why it cannot be had."
+def _torchvision(part: str):
+    "The module `torchvision.part`, or an error that says why it cannot be had."
     try:
-        from torchvision import datasets
+        return getattr(import_module('torchvision'), part)
     except (ImportError, RuntimeError) as error:  # RuntimeError: 'operator torchvision::nms does not exist'
         raise ImportError(
             f'torchvision does not work here ({error}). Most often it was built for another torch, such as a CUDA '
             'build beside the CPU build of torch. Install both from one place, for example: '
             'pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu. '
             'digits() and moons() need neither torchvision nor a download') from error
-    return datasets
 
 def _likely_cause(error: Exception, folder: Path, download: bool) -> str:
     "What most often stands behind a data set that cannot be had, and what helps."
@@ -197,7 +196,7 @@ def _fetched(
     classes: tuple[str, ...] | None = None,  # None: as torchvision names them
 ) -> Splits:
     "A data set that torchvision downloads, as floats in [0, 1]; one copy of them at any time."
-    kind, root = getattr(_torchvision_datasets(), title), cache_folder() if root is None else Path(root).expanduser()
+    kind, root = getattr(_torchvision('datasets'), title), cache_folder() if root is None else Path(root).expanduser()
     parts = []
     for train in (True, False):
         try:

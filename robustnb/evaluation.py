@@ -47,13 +47,12 @@ def _look_for_normalised_twice(model: nn.Module, x: Tensor) -> None:
     "A note if a model with its normalisation inside gets inputs that are not in [0, 1]."
     inside = model.model if isinstance(model, Logits) else model
     if isinstance(inside, Normalized) and _outside(x, (0, 1)):
-        _say_once(f'some inputs lie in [{float(x.min()):.2g}, {float(x.max()):.2g}], but Normalized takes images in [0, 1] and '
-                  'normalises them itself. Are they normalised twice?')
+        _say_once('some inputs are not in [0, 1], but Normalized takes images in [0, 1] and normalises them itself. Are they '
+                  'normalised twice?')
 
 # %% ../nbs/21_evaluation.ipynb #6fb18c5b
 def _right(model: nn.Module, x: Tensor, y: Tensor, logits=None) -> Tensor:
     "Whether each sample is classified correctly, (batch,)."
-    y = check_labels(y, len(x))
     found = _logits(model, x, logits)
     classes = found.shape[1] if found.dim() == 2 and found.shape[1] > 1 else 2  # a single logit stands for two classes
     return predictions(found) == check_labels(y, len(x), classes)

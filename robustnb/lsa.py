@@ -212,10 +212,12 @@ def _profile_figure(result: LayerSustainability, title: str):
         line = [rows[column].to_numpy() for column in ('mean', 'low', 'high')]
         lines[name] = [np.r_[size, values] for values in line] if measure == 'relative_error' else line
     names = ['input', *layers] if measure == 'relative_error' else layers
-    top = max((values[np.isfinite(values)].max(initial=0) for line in lines.values() for values in line), default=0)
-    zero = top > 0 and not result.settings['similarity']  # a curve from 0.30 to 0.31 should look flat
     return curves(names, {name: tuple(line) for name, line in lines.items()}, xlabel='layer, from input to output',
-                  ylabel=measure.replace('_', ' '), title=title, ylim=(0, 1.05 * top) if zero else None)
+                  ylabel=measure.replace('_', ' '), title=title, ylim=_ends(result))
+
+def _ends(result: LayerSustainability) -> tuple | None:
+    "Ends of the y axis: from 0, where nothing moved, for a curve from 0.30 to 0.31 should look flat."
+    return None if result.settings['similarity'] else (0, None)
 
 # %% ../nbs/30_lsa.ipynb #ede43961
 def _versions(model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, perturbations: Mapping, bounds, bar) -> list[Tensor]:
@@ -449,7 +451,7 @@ def _profile_part(bundle: _Bundle, f: int, p: int, measure: str, label: str, tit
         if len(rows):
             lines['all samples' if name == 'all' else f'class {name}'] = tuple(
                 bootstrap_mean(result.dataset['value'].values[:, p, rows].T, resamples=200))
-    return curves(result.layers, lines, xlabel='', ylabel=measure.replace('_', ' '), title=title)
+    return curves(result.layers, lines, xlabel='', ylabel=measure.replace('_', ' '), title=title, ylim=_ends(result))
 
 # %% ../nbs/30_lsa.ipynb #b820559a
 def _draw(bundle: _Bundle, perturbation: str, strength: float, measure: str, label: str, layer: str):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .data import _torchvision
 from .devices import device_of, seeded
 from .guard import Normalized, first_tensor, match_dtype, untouched, unwrap
 from .results import save_arrays
@@ -256,16 +257,6 @@ def wide_resnet(
     return nn.Sequential(layers | {'flatten': nn.Flatten(), 'fc': nn.Linear(sizes[-1], classes)})
 
 # %% ../nbs/15_models.ipynb #e3ff6f8f
-def _torchvision_models():
-    "The module `torchvision.models`, or an error that says why it cannot be had."
-    try:
-        from torchvision import models
-    except (ImportError, RuntimeError) as error:  # RuntimeError: 'operator torchvision::nms does not exist'
-        raise ImportError(
-            f'torchvision does not work here ({error}). Most often it was built for another torch. Install both from one '
-            'place: pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu') from error
-    return models
-
 def _check_arch(arch: str, models) -> None:
     "Complain about a name that is not one of torchvision's classifiers."
     classifiers = models.list_models(module=models)
@@ -308,7 +299,7 @@ def torchvision_model(
 ) -> nn.Module:  # takes (batch, channels, height, width) in [0, 1]
     "An image classifier of torchvision."
     _check(classes=1 if classes is None else classes, channels=channels)
-    models = _torchvision_models()
+    models = _torchvision('models')
     _check_arch(arch, models)
     if pretrained and (channels != 3 or classes not in (None, 1000)):
         raise ValueError('pretrained weights are for 1,000 classes and 3 channels. Leave `classes` and `channels` out, '

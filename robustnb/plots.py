@@ -238,7 +238,7 @@ def curves(
     xlabel: str,  # what x is, with its unit
     ylabel: str,  # what the values are, with their unit
     title: str | None = None,  # what is seen
-    ylim: tuple[float, float] | None = None,  # ends of the y axis; None to fit the data
+    ylim: tuple[float | None, float | None] | None = None,  # ends of the y axis; None, for one or both, to fit the data
     percent: bool = False,  # the values are fractions; write them as percentages
     joined: bool = True,  # False draws points with their intervals, for things that have no order
     ax: Axes | None = None,  # where to draw; None for a figure of its own
