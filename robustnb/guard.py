@@ -261,9 +261,24 @@ def _samples(bad: Tensor) -> str:
     return f'sample{"s" if len(rows) > 1 else ""} {", ".join(map(str, rows[:5]))}{" ..." if len(rows) > 5 else ""}'
 
 # %% ../nbs/03_guard.ipynb #41b63888
+def _outside(x: Tensor, bounds: tuple, slack: float = 1e-4) -> bool:
+    "Whether a value lies more than `slack` beyond `bounds`, each a number or a tensor that broadcasts with a sample."
+    if x.numel() == 0:
+        return False
+    low, high = (b.to(x) if isinstance(b, Tensor) else b for b in bounds)
+    return bool((x - low).min() < -slack) or bool((x - high).max() > slack)
+
+def _range_in_words(bounds: tuple) -> str:
+    "Bounds for a message: numbers as they are, tensors by their outermost values."
+    low, high = bounds
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return str(tuple(bounds))
+    return f'of each feature, which run from {float(torch.as_tensor(low).min()):.3g} to {float(torch.as_tensor(high).max()):.3g}'
+
+# %% ../nbs/03_guard.ipynb #146a5b9d
 def check_inputs(
     x: Tensor,  # (batch, ...) inputs of a model
-    bounds: tuple[float, float] | None = (0, 1),  # smallest and largest allowed value; None if there are none
+    bounds: tuple | None = (0, 1),  # smallest and largest allowed value, numbers or a tensor for each feature; None if there are none
 ) -> Tensor:  # the same inputs, detached
     "Floating-point, finite and inside `bounds`, or an error that says which sample is not and what the cause may be."
     if not isinstance(x, Tensor):
@@ -278,9 +293,9 @@ def check_inputs(
     low, high = float(x.min()), float(x.max())  # infinity shows here; whether NaN does depends on the processor
     if math.inf in (-low, high) or x.isnan().any():
         raise ValueError(f'inputs hold NaN or infinity in {_samples(~x.isfinite())}; remove or repair them')
-    if bounds is not None and (low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6):
+    if bounds is not None and _outside(x, bounds, 1e-6):
         raise ValueError(
-            f'inputs lie in [{low:.3g}, {high:.3g}], outside the bounds {tuple(bounds)}. If they are normalised, give '
+            f'inputs lie in [{low:.3g}, {high:.3g}], outside the bounds {_range_in_words(bounds)}. If they are normalised, give '
             'images in [0, 1] and put the normalisation inside: Normalized(model, mean, std). If they are pixels from 0 to '
             '255, give x / 255. If this is their natural range, say so: PGD(bounds=...) or DataSet(x, y, bounds=...), None '
             'for unbounded')

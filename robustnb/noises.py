@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Perturbation', 'Noise', 'PixelNoise', 'Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson',
-           'Blur', 'perturb', 'named', 'Matched', 'matched']
+           'Blur', 'perturb', 'settings_of', 'named', 'Matched', 'matched']
 
 # %% ../nbs/19_noises.ipynb #fdc0fc50
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from math import inf, log2, nan
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from math import inf, isfinite, log2, nan
 from numbers import Real
 from typing import ClassVar
 
@@ -17,13 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from .devices import sample_normal, sample_uniform, sync
-from .guard import _say_once, check_inputs, untouched
+from .guard import _outside, _range_in_words, _say_once, check_inputs, untouched
 
 # %% ../nbs/19_noises.ipynb #fd768c78
+class _Unsaid(tuple):
+    "The bounds of a perturbation that was not given any: those of images, until a data set has others."
+
+_UNSAID = _Unsaid((0.0, 1.0))
+
+def _unsaid(bounds) -> bool:
+    "Whether bounds are only the default."
+    return isinstance(bounds, _Unsaid)
+
+# %% ../nbs/19_noises.ipynb #645a44a5
 @dataclass(frozen=True)
 class Perturbation:
     "Something that changes inputs, `x_pert = perturbation(model, x, y)`; its fields are its settings."
-    bounds: tuple[float, float] | None = field(default=(0.0, 1.0), kw_only=True)  # range of the inputs, or None
+    bounds: tuple | None = field(default=_UNSAID, kw_only=True)  # range of the inputs, numbers or tensors; None: no bounds
     seed: int = field(default=0, kw_only=True)  # noise depends on it and on the sample's id, on nothing else
 
     strength_field: ClassVar[str] = 'eps'  # which field says how strong it is
@@ -55,7 +67,12 @@ class Perturbation:
         "A short name for tables and figures."
         return type(self).__name__
 
-# %% ../nbs/19_noises.ipynb #645a44a5
+    @property
+    def settings(self) -> dict:
+        "What it is and all of its fields as plain values; large tensors and functions by their fingerprints."
+        return settings_of(self)
+
+# %% ../nbs/19_noises.ipynb #588ee4ea
 def _ids(x: Tensor, ids: Tensor | None) -> Tensor:
     "The ids of the samples in `x`, by default 0, 1, 2 ..., on its device."
     if ids is None:
@@ -70,7 +87,12 @@ def _name_of(perturbation) -> str:
 
 def _into(bounds: tuple[float, float] | None, x: Tensor) -> Tensor:
     "Clip `x` into `bounds`."
-    return x if bounds is None else x.clamp(*bounds)
+    if bounds is None:
+        return x
+    if not any(isinstance(b, Tensor) for b in bounds):
+        return x.clamp(*bounds)
+    low, high = (torch.as_tensor(b).to(x) for b in bounds)  # one for each feature
+    return x.clamp(low, high)
 
 # %% ../nbs/19_noises.ipynb #11ad62ad
 @dataclass(frozen=True)
@@ -250,7 +272,7 @@ def perturb(
     x: Tensor,  # (batch, ...) inputs
     y: Tensor,  # (batch,) true classes
     ids: Tensor | None = None,  # (batch,) place of each sample in its data set; 0, 1, 2 ... if None
-    bounds: tuple[float, float] | None = None,  # range of the inputs, to tell if a function leaves it; None does not look
+    bounds: tuple | None = None,  # range of the inputs, to tell if a function leaves it; None does not look
 ) -> Tensor:  # (batch, ...) perturbed inputs
     "Apply a perturbation or a function in its place, and check what comes back."
     extra = {'ids': ids} if isinstance(perturbation, Perturbation) else {}
@@ -265,12 +287,53 @@ def perturb(
     except (TypeError, ValueError) as error:
         raise type(error)(f'{name} returned what no model should get: {error}') from error
     if bounds is not None and _outside(x_pert, bounds) and not _outside(x, bounds):
-        _say_once(f'{name} leaves the range of the inputs, {tuple(bounds)}: clamp what it returns, or its size says little')
+        _say_once(f'{name} leaves the range of the inputs, {_range_in_words(bounds)}: clamp what it returns, or its size says little')
     return x_pert
 
-def _outside(x: Tensor, bounds: tuple[float, float]) -> bool:
-    "Whether a value lies beyond `bounds`, by more than rounding."
-    return x.numel() > 0 and (float(x.min()) < bounds[0] - 1e-4 or float(x.max()) > bounds[1] + 1e-4)
+
+
+# %% ../nbs/19_noises.ipynb #a947c74f
+def _fingerprint(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+def _code(code) -> list:
+    "What compiled code does, without addresses or line numbers."
+    constants = [_code(c) if hasattr(c, 'co_code') else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), constants, list(code.co_names)]
+
+def _plain_setting(value):
+    "A setting as None, bool, number, word, list or dict."
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if isfinite(value) else str(value)
+    if isinstance(value, Tensor):
+        values = value.detach().cpu().contiguous()
+        return {'tensor': [*values.shape], 'dtype': str(values.dtype), 'values': _fingerprint(values.view(torch.uint8).numpy().tobytes())
+                if values.dim() else _plain_setting(values.item())}
+    if isinstance(value, Mapping):
+        return {str(key): _plain_setting(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_setting(v) for v in value]
+    return settings_of(value) if callable(value) or is_dataclass(value) else repr(value)
+
+# %% ../nbs/19_noises.ipynb #7fff01a5
+def settings_of(
+    perturbation,  # a `Perturbation`, or a function (model, x, y) -> x_pert
+) -> dict:  # of plain values, as `Records` and `Result` take them
+    "What a perturbation is and how it is set, for a record of what was done."
+    if is_dataclass(perturbation) and not isinstance(perturbation, type):
+        return {'kind': type(perturbation).__name__} | {
+            f.name: _plain_setting(getattr(perturbation, f.name)) for f in fields(perturbation)}
+    if isinstance(perturbation, partial):
+        return {'partial': settings_of(perturbation.func), 'arguments': _plain_setting(perturbation.args),
+                'keywords': _plain_setting(perturbation.keywords)}
+    name = f'{getattr(perturbation, "__module__", "")}.{getattr(perturbation, "__qualname__", repr(perturbation))}'
+    if not hasattr(perturbation, '__code__'):
+        return {'function': name}
+    cells = [cell.cell_contents for cell in perturbation.__closure__ or ()]
+    known = [_code(perturbation.__code__), _plain_setting(perturbation.__defaults__), _plain_setting(cells)]
+    return {'function': name, 'code': _fingerprint(repr(known).encode())}
 
 # %% ../nbs/19_noises.ipynb #1fe5e1ad
 def _names(several: list) -> list[str]:
@@ -286,7 +349,7 @@ def _names(several: list) -> list[str]:
 # %% ../nbs/19_noises.ipynb #13b54418
 def named(
     perturbations,  # one perturbation or function, a list of them, or a dictionary name -> perturbation
-    bounds: tuple[float, float] | None = (0.0, 1.0),  # of the data set, for perturbations that were left at (0, 1)
+    bounds: tuple | None = (0.0, 1.0),  # of the data set, for perturbations that were not given any
 ) -> dict[str, Callable]:  # name -> perturbation
     "Perturbations by name: names from a dictionary are kept, others are made and told apart by strength."
     if not isinstance(perturbations, Mapping):
@@ -297,7 +360,7 @@ def named(
     for p in perturbations.values():
         if not callable(p) or isinstance(p, type):
             raise TypeError(f'a perturbation is an object such as PGD(0.1) or a function (model, x, y), got {p!r}')
-    left = {name for name, p in perturbations.items() if isinstance(p, Perturbation) and p.bounds == (0.0, 1.0)}
+    left = {name for name, p in perturbations.items() if isinstance(p, Perturbation) and _unsaid(p.bounds)}
     return {name: replace(p, bounds=bounds) if name in left else p for name, p in perturbations.items()}
 
 # %% ../nbs/19_noises.ipynb #a4c2f9a9
@@ -366,7 +429,7 @@ def matched(
     if not callable(attack) or isinstance(attack, type):
         raise TypeError(f'the second argument is an attack such as PGD(0.1) or a function (model, x, y), got {attack!r}')
     given = [p.bounds for p in (noise, attack) if isinstance(p, Perturbation)]
-    chosen = [bounds for bounds in given if bounds != (0.0, 1.0)] or given
+    chosen = [bounds for bounds in given if not _unsaid(bounds)] or given
     if any(bounds != chosen[0] for bounds in chosen):
         raise ValueError(f'the noise has the bounds {chosen[0]} and the attack {chosen[1]}; give both the same')
     return Matched(noise, attack, bounds=chosen[0], seed=noise.seed)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustnb.attacks import FGSM, LOSSES, PGD, Linf, predictions
+from robustnb.attacks import FGSM, LOSSES, PGD, Linf, Problem, predictions
 from robustnb.devices import seeded
 
 ATTACKS = [
@@ -152,9 +152,7 @@ def test_restarts_keep_the_worst_of_each_sample(net, batch):
     best = PGD(0.05, steps=3, restarts=4).run(net, x, y)
     attack, singles = PGD(0.05, steps=3), []
     for restart in range(4):
-        from robustnb.attacks import _Objective
-
-        adv = attack.climb(_Objective(net.eval(), y, 'ce'), x, torch.arange(12), restart)
+        adv = attack.climb(Problem(attack, net.eval(), x, y, torch.arange(12)), restart)
         with torch.no_grad():
             logits = net(adv)
         singles.append((F.cross_entropy(logits, y, reduction='none'), logits.argmax(1) != y))
