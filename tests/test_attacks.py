@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustnb.attacks import FGSM, LOSSES, PGD, Linf, Problem, predictions
+from robustnb.attacks import APGD, FGSM, L2, LOSSES, PGD, TARGETS, Linf, Problem, WorstOf, _ask_open_rows, predictions
 from robustnb.devices import seeded
 
 ATTACKS = [
@@ -15,7 +15,27 @@ ATTACKS = [
     PGD(0.1, steps=2, restarts=3),
     PGD(0.1, steps=3, loss='margin'),
     PGD(0.1, steps=3, loss=lambda logits, y: -logits.gather(1, y[:, None])[:, 0]),
+    PGD(0.1, steps=3, loss='dlr'),
+    PGD(0.1, steps=3, keep_going=False),
+    PGD(0.1, steps=2, restarts=3, keep_going=False),
+    PGD(0.1, steps=3, target='least likely'),
+    PGD(0.1, steps=3, target=2, loss='dlr'),
+    PGD(0.1, steps=3, norm=Linf(scale=torch.linspace(0, 1, 8))),
+    FGSM(1.0, norm=L2()),
+    PGD(1.0, steps=3, norm=L2()),
+    PGD(1.0, steps=3, norm=L2(scale=torch.linspace(0, 2, 64).view(1, 8, 8))),
+    PGD(1.0, steps=3, norm=L2(), keep_going=False),
+    APGD(0.1, steps=7),
+    APGD(0.1, steps=7, loss='dlr', restarts=2),
+    APGD(0.1, steps=7, keep_going=False),
+    APGD(1.0, steps=7, norm=L2()),
+    WorstOf([FGSM(0.1), PGD(0.1, steps=3)]),
+    WorstOf([PGD(0.5, steps=2), APGD(0.5, steps=3, loss='dlr')], eps=0.1),
 ]
+
+
+def norm_of(attack):
+    return attack.attacks[0].norm if isinstance(attack, WorstOf) else attack.norm
 
 
 @pytest.fixture(scope='module')
@@ -71,7 +91,7 @@ def test_what_holds_for_every_attack(attack, net, batch):
     x_adv = attack(net, x, y)
     assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
     assert x_adv.min() >= 0 and x_adv.max() <= 1
-    assert attack.norm.size(x_adv - x).max() <= attack.eps + 1e-6
+    assert norm_of(attack).on(x).size(x_adv - x).max() <= attack.strength * (1 + 1e-6) + 1e-6
     assert torch.equal(attack(net, x, y), x_adv), 'the same call twice gives the same result'
     assert torch.equal(attack.at(0.0)(net, x, y), x), 'no strength, no change'
     assert not torch.equal(x_adv, x)
@@ -86,11 +106,14 @@ def test_neither_batch_size_nor_order_matters(attack, net, batch):
     singles = torch.cat([attack(net, x[i : i + 1], y[i : i + 1], ids=ids[i : i + 1]) for i in range(12)])
     order = torch.tensor([7, 3, 11, 0, 5, 1, 2, 10, 9, 4, 6, 8])
     mixed = attack(net, x[order], y[order], ids=ids[order])
-    assert torch.equal(whole, singles)
-    assert torch.equal(whole[order], mixed)
+    if isinstance(norm_of(attack), L2):  # a gradient's last digits depend on the size of the batch, and only the sign hides them
+        assert torch.allclose(whole, singles, atol=1e-5) and torch.allclose(whole[order], mixed, atol=1e-5)
+    else:
+        assert torch.equal(whole, singles)
+        assert torch.equal(whole[order], mixed)
 
 
-@pytest.mark.parametrize('attack', [a for a in ATTACKS[1:] if a.random_start], ids=repr)
+@pytest.mark.parametrize('attack', [a for a in ATTACKS if isinstance(a, APGD) or getattr(a, 'random_start', False)], ids=repr)
 def test_seed_and_id_decide(attack, net, batch):
     x, y = batch
     from dataclasses import replace
@@ -115,7 +138,11 @@ class Counter(nn.Module):
 
 @pytest.mark.parametrize(
     ('attack', 'forwards', 'backwards'),
-    [(PGD(0.1, steps=40), 40, 40), (FGSM(0.1), 1, 1), (PGD(0.1, steps=4, restarts=3), 15, 12)],
+    [
+        (PGD(0.1, steps=40), 40, 40), (FGSM(0.1), 1, 1), (PGD(0.1, steps=4, restarts=3), 15, 12),
+        (PGD(0.1, steps=4, norm=L2(), loss='dlr'), 4, 4), (PGD(0.1, steps=4, target=1), 4, 4),
+        (PGD(0.1, steps=4, target='runner-up'), 5, 4),
+    ],
 )
 def test_passes_are_counted(attack, forwards, backwards, net, batch):
     counter = Counter(net)
@@ -270,7 +297,9 @@ def test_eps_is_kept_when_the_model_is_coarser_than_the_images(net, batch):
 
 
 def test_settings_are_checked(net, batch):
-    for wrong in (lambda: PGD(steps=0), lambda: PGD(restarts=0), lambda: FGSM(-0.1), lambda: FGSM(float('nan'))):
+    wrongs = (lambda: PGD(steps=0), lambda: PGD(restarts=0), lambda: FGSM(-0.1), lambda: FGSM(float('nan')),
+              lambda: APGD(steps=0), lambda: WorstOf(eps=-1), lambda: Linf(scale=-1.0), lambda: L2(scale=torch.zeros(3)))
+    for wrong in wrongs:
         with pytest.raises(ValueError, match='at least'):
             wrong()
     with pytest.raises(ValueError, match='one value per sample'):
@@ -296,7 +325,7 @@ def test_a_loss_of_your_own_may_have_its_own_targets():
     assert (squared_error(regression(x_adv), y) > squared_error(regression(x), y)).all()
 
 
-@pytest.mark.parametrize('norm', ['l2', 2, Linf])
+@pytest.mark.parametrize('norm', ['l2', 2, Linf, L2])
 def test_a_norm_is_an_object(norm):
     with pytest.raises(TypeError, match=r'Linf\(\)'):
         PGD(norm=norm)
@@ -309,3 +338,337 @@ def test_an_output_without_a_gradient_is_named():
 
     with pytest.raises(ValueError, match='not differentiable'):
         FGSM()(Decided(), torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))
+
+
+# --------------------------------------------------------------------------------------------- norms, losses, targets
+
+
+def literal_l2_pgd(net, x, y, eps, step, steps):
+    "One sample at a time, in double precision lengths."
+    rows = []
+    for i in range(len(x)):
+        x0 = adv = x[i : i + 1]
+        for _ in range(steps):
+            adv = adv.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(net(adv), y[i : i + 1]), adv)
+            adv = adv + step * gradient / gradient.double().norm().float()
+            change = adv - x0
+            length = float(change.detach().double().norm())
+            adv = (x0 + change * min(1.0, eps / length)).clamp(0, 1)
+        rows.append(adv.detach())
+    return torch.cat(rows)
+
+
+def test_l2_pgd_equals_the_literal_form(net, batch):
+    x, y = batch
+    expected = literal_l2_pgd(net.eval(), x, y, 0.8, 0.3, 6)
+    found = PGD(0.8, steps=6, step=0.3, random_start=False, norm=L2())(net, x, y)
+    assert torch.allclose(found, expected, atol=2e-5)
+
+
+def test_l2_starts_fill_the_ball():
+    x, ids = torch.zeros(4000, 3), torch.arange(4000)
+    start = L2().start(x, 2.0, ids, seed=0, restart=0)
+    radius = start.norm(dim=1) / 2
+    assert radius.max() <= 1 + 1e-6
+    assert ((radius**3).sort().values - torch.linspace(0, 1, 4000)).abs().max() < 0.03, 'uniform in volume'
+    assert start.mean(0).abs().max() < 0.05 and not torch.equal(start, L2().start(x, 2.0, ids, seed=0, restart=1))
+
+
+@pytest.mark.parametrize('tiny', [1e-12, 1e-25, 1e-37])
+def test_a_tiny_gradient_still_has_a_direction(tiny):
+    x = torch.zeros(1, 2)
+    step = L2().ascend(x, tiny * torch.tensor([[3.0, 4.0]]), 1.0)
+    assert torch.allclose(step, torch.tensor([[0.6, 0.8]]), atol=1e-3)
+    assert torch.equal(L2().ascend(x, torch.zeros(1, 2), 1.0), x)
+
+
+@pytest.mark.parametrize('shape', [Linf, L2])
+def test_masks_and_scales(shape, net, batch):
+    x, y = batch
+    scale = torch.linspace(0, 1, 64).view(1, 8, 8)
+    x_adv = PGD(0.3, steps=5, norm=shape(scale=scale))(net, x, y)
+    change = x_adv - x
+    assert (change[..., 0, 0] == 0).all() and change[..., 7, 7].abs().max() > 0
+    assert shape(scale=scale).size(change).max() <= 0.3 + 1e-5
+    half, doubled = PGD(0.3, steps=5, norm=shape(scale=0.5)), PGD(0.15, steps=5, norm=shape())
+    assert torch.allclose(half(net, x, y), doubled(net, x, y), atol=1e-6)
+    assert shape(scale=torch.tensor([1.0, 0.0])).size(torch.tensor([[0.0, 1.0]])).item() == float('inf')
+    with pytest.raises(ValueError, match='does not fit samples'):
+        PGD(norm=shape(scale=torch.ones(5)))(net, x, y)
+
+
+def test_an_eps_for_each_feature_on_a_table():
+    with seeded(0):
+        net, x = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(20, 3) * torch.tensor([1.0, 10.0, 100.0])
+    y, each = (x[:, 0] > 0).long(), torch.tensor([0.1, 1.0, 0.0])
+    change = PGD(1.0, steps=5, bounds=None, norm=Linf(scale=each))(net, x, y) - x
+    assert (change.abs() <= each + 1e-5).all() and (change.abs().amax(0)[:2] > each[:2] * 0.99).all()
+    low, high = x.amin(0), x.amax(0)  # bounds for each feature, too
+    x_adv = PGD(1.0, steps=5, bounds=(low, high), norm=Linf(scale=torch.tensor([9.0, 90.0, 900.0])))(net, x, y)
+    assert (x_adv >= low).all() and (x_adv <= high).all() and (x_adv - x).abs().max() > 1
+    with pytest.raises(ValueError, match=r'norm=Linf\(scale=eps\)'):
+        PGD(each, bounds=None)(net, x, y)
+
+
+@pytest.mark.parametrize('attack', [PGD(0.1, steps=3), APGD(0.1, steps=7), PGD(0.1, steps=3, norm=L2())], ids=repr)
+def test_an_eps_for_each_sample(attack, net, batch):
+    x, y = batch
+    each = torch.linspace(0, 0.3, len(x))
+    together = attack.at(each.view(-1, 1, 1, 1))(net, x, y)
+    for i, eps in enumerate(each.tolist()):
+        ids = torch.tensor([i])
+        assert torch.allclose(attack.at(eps)(net, x[i : i + 1], y[i : i + 1], ids=ids), together[i : i + 1], atol=1e-6)
+
+
+def test_dlr_is_the_published_formula():
+    "Croce and Hein 2020, equations 6 and 7."
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    y, target = torch.arange(50) % 6, (torch.arange(50) + 1) % 6
+    from robustnb.attacks import _dlr_towards
+
+    for row, (z, true, aim) in enumerate(zip(logits.tolist(), y.tolist(), target.tolist(), strict=True)):
+        ordered = sorted(z, reverse=True)
+        best_wrong = max(v for k, v in enumerate(z) if k != true)
+        dlr = -(z[true] - best_wrong) / (ordered[0] - ordered[2])
+        towards = -(z[true] - z[aim]) / (ordered[0] - (ordered[2] + ordered[3]) / 2)
+        assert LOSSES['dlr'](logits, y)[row].item() == pytest.approx(dlr, rel=1e-4)
+        assert _dlr_towards(logits, y, target)[row].item() == pytest.approx(towards, rel=1e-4)
+    three = logits[:, :3]
+    assert torch.equal(LOSSES['dlr'](three, y % 3), LOSSES['margin'](three, y % 3)), 'below four classes: the margin'
+
+
+def test_targets(net, batch):
+    x, y = batch
+    with torch.no_grad():
+        logits = net.eval()(x)
+    for name, choose in (('runner-up', max), ('least likely', min)):
+        wrong = [[k for k in range(4) if k != true] for true in y.tolist()]
+        expected = [choose(ks, key=lambda k, i=i: logits[i, k]) for i, ks in enumerate(wrong)]
+        assert TARGETS[name](logits, y).tolist() == expected
+    named, given = PGD(0.2, steps=5, target='least likely'), TARGETS['least likely'](logits, y)
+    by_id = torch.zeros(40, dtype=torch.long)
+    ids = torch.arange(12) + 20
+    by_id[ids] = given
+    assert torch.equal(named(net, x, y, ids=ids), PGD(0.2, steps=5, target=by_id)(net, x, y, ids=ids))
+    assert torch.equal(named(net, x, y), PGD(0.2, steps=5, target=lambda logits, y: TARGETS['least likely'](logits, y))(net, x, y))
+    result = PGD(0.4, steps=20, target=given).run(net, x, y)
+    with torch.no_grad():
+        assert torch.equal(result.success, net(result.x_adv).argmax(1) == given) and result.success.any()
+    same = PGD(0.4, steps=3, target=2).run(net, x, y)
+    assert torch.equal(same.x_adv[y == 2], x[y == 2]) and not same.success[y == 2].any(), 'its own target: left alone'
+    for wrong, error in ((by_id[:3], ValueError), (9, (ValueError, IndexError)), ('nearest', KeyError)):
+        with pytest.raises(error):
+            PGD(target=wrong)(net, x, y, ids=ids)
+
+
+# --------------------------------------------------------------------------------------- stopping where it is fooled
+
+
+@pytest.mark.parametrize('attack', [PGD(0.1, steps=8), PGD(0.1, steps=4, restarts=3), APGD(0.1, steps=9), PGD(0.8, steps=8, norm=L2()),
+                                    PGD(0.1, steps=8, target='runner-up')], ids=repr)
+def test_stopping_early_is_as_strong_and_costs_less(attack, net, batch):
+    from dataclasses import replace
+
+    x, y = batch
+    brief, full = replace(attack, keep_going=False).run(net, x, y), attack.run(net, x, y)
+    assert (brief.success | ~full.success).all(), 'whatever is fooled at the end was fooled'
+    assert brief.passes['backward'] < full.passes['backward']
+    with torch.no_grad():
+        wrong = net.eval()(brief.x_adv).argmax(1)
+    if attack.target is None:
+        assert torch.equal(brief.success, wrong != y)
+    assert torch.equal(replace(attack, keep_going=False)(net, x, y), brief.x_adv)
+
+
+@pytest.mark.parametrize('attack', [PGD(0.1, steps=8), PGD(0.1, steps=4, restarts=3), APGD(0.1, steps=9), APGD(0.8, steps=9, norm=L2())],
+                         ids=repr)
+def test_masks_of_a_fixed_shape_give_what_a_shrinking_batch_gives(attack, net, batch):
+    from dataclasses import replace
+
+    x, y = batch
+    attack, outcomes, net = replace(attack, keep_going=False), [], net.eval()
+    for fixed in (False, True):
+        problem = Problem(attack, net, x, y, torch.arange(12))
+        problem.fixed_shape = fixed
+        x_adv, verdict = attack.search(problem)
+        verdict or problem.judge(x_adv)
+        outcomes.append((torch.where(problem.done[:, None, None, None], problem.found[0], x_adv), problem.done))
+    assert torch.equal(outcomes[0][1], outcomes[1][1]) and torch.allclose(outcomes[0][0], outcomes[1][0], atol=1e-6)
+    assert _ask_open_rows(problem, x, True)[1][problem.done].eq(-float('inf')).all()
+
+
+# --------------------------------------------------------------------------------------------------- APGD and WorstOf
+
+
+def literal_apgd(net, x, y, eps, steps, start):
+    "Croce and Hein 2020, algorithm 1, one sample at a time, in the maximum norm."
+    rows, checkpoints = [], []
+    p = [0.0, 0.22]
+    while p[-1] < 1:
+        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
+    import math
+    checkpoints = [math.ceil(round(q, 6) * steps) for q in p[1:] if q < 1]
+
+    for i in range(len(x)):
+        x0, label = x[i : i + 1], y[i : i + 1]
+
+        def project(z, x0=x0):
+            return torch.max(torch.min(z, x0 + eps), x0 - eps).clamp(0, 1)
+
+        def value(z, label=label):
+            z = z.detach().requires_grad_()
+            logits = net(z)
+            loss = F.cross_entropy(logits, label)
+            (gradient,) = torch.autograd.grad(loss, z)
+            return float(loss.detach()), gradient, bool(logits.argmax(1) != label)
+
+        old = now = project(start[i : i + 1])
+        loss, gradient, wrong = value(now)
+        step, visited = 2 * eps, [(wrong, loss, now)]
+        top, rose, last = (loss, now, gradient), 0, 0
+        top_then, halved_then = loss, False
+        for k in range(1, steps + 1):
+            z = project(now + step * gradient.sign())
+            new = z if k == 1 else project(now + 0.75 * (z - now) + 0.25 * (now - old))
+            old, now, before = now, new, loss
+            loss, gradient, wrong = value(now)
+            visited.append((wrong, loss, now))
+            rose += loss > before
+            if loss > top[0]:
+                top = (loss, now, gradient)
+            if k in checkpoints:
+                halved = rose < 0.75 * (k - last) or (not halved_then and top_then >= top[0])
+                if halved:
+                    step /= 2
+                    loss, now, gradient = top
+                top_then, halved_then, rose, last = top[0], halved, 0, k
+        rows.append(max(visited, key=lambda v: v[:2])[2])
+    return torch.cat(rows)
+
+
+def test_apgd_equals_the_literal_form(net, batch):
+    import copy
+
+    (x, y), net = batch, copy.deepcopy(net).double().eval()  # in single precision a tie may fall otherwise
+    x = x.double()
+    for eps, steps in ((0.1, 30), (0.02, 17), (0.05, 100)):
+        start = Linf().start(x, eps, torch.arange(12), seed=0, restart=0)
+        expected = literal_apgd(net, x, y, eps, steps, start)
+        assert (APGD(eps, steps=steps)(net, x, y) - expected).abs().max() < 1e-9
+
+
+def test_apgd_climbs_at_least_as_high_as_pgd(net, batch):
+    x, y = batch
+    for norm, eps in ((Linf(), 0.05), (L2(), 0.5)):
+        auto, plain = APGD(eps, steps=50, norm=norm).run(net, x, y), PGD(eps, steps=50, norm=norm).run(net, x, y)
+        assert auto.loss.mean() >= plain.loss.mean() - 1e-3 and auto.passes == {'forward': 51, 'backward': 50}
+
+
+def test_worst_of_is_the_worst_of_its_members(net, batch):
+    x, y = batch
+    members = [FGSM(0.03), PGD(0.03, steps=5), APGD(0.03, steps=10, loss='dlr')]
+    together, alone = WorstOf(members).run(net, x, y), [a.run(net, x, y).success for a in members]
+    assert torch.equal(together.success, torch.stack(alone).any(0))
+    standing = (~together.success).nonzero()[:, 0]
+    with torch.no_grad():
+        clean = net.eval()(x)
+        margins = torch.stack([LOSSES['margin'](net(a(net, x, y)), y) for a in members] + [LOSSES['margin'](clean, y)]).amax(0)
+    assert len(standing) and torch.allclose(together.loss[standing], margins[standing], atol=1e-5)
+    assert torch.equal(together.x_adv[clean.argmax(1) != y], x[clean.argmax(1) != y]), 'wrong already: nothing to do'
+
+
+def test_worst_of_asks_only_about_what_stands(net, batch):
+    asked = []
+
+    def watching(model, x, y):
+        asked.append(len(x))
+        return x
+
+    x, y = batch
+    result = WorstOf([PGD(0.05, steps=5), watching, FGSM(0.05)]).run(net, x, y)
+    fooled = PGD(0.05, steps=5).run(net, x, y).success.sum()
+    assert asked == [12 - int(fooled)] and result.passes['forward'] < 9
+    counter = Counter(net)
+    counted = WorstOf([PGD(0.05, steps=5), FGSM(0.05)]).run(counter, x, y).passes
+    assert counted['backward'] > 0 and counter.forwards == 1 + 5 + 1 + 1 + 1
+    assert not [h for m in net.modules() for h in m._forward_hooks], 'the counter is gone'
+
+
+def test_worst_of_strengths():
+    several = WorstOf([PGD(0.1), APGD(0.2)])
+    import math
+
+    assert math.isnan(several.strength) and several.at(0.3).strength == 0.3 and WorstOf([PGD(0.1), APGD(0.1)]).strength == 0.1
+    assert [a.eps for a in several.scaled(2).attacks] == [0.2, 0.4] and several.name == 'worst of PGD-40, APGD-100'
+    with pytest.raises(ValueError, match='plain function'):
+        WorstOf([lambda model, x, y: x], eps=0.1)
+    for wrong in ([], [PGD], [3]):
+        with pytest.raises(TypeError, match='takes attacks'):
+            WorstOf(wrong)
+
+
+# ------------------------------------------------------------------------------------------------------- what is told
+
+
+def told(caplog, run):
+    from robustnb.guard import _say_once
+
+    _say_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level('WARNING'):
+        run()
+    return caplog.text
+
+
+def test_a_gradient_that_is_not_there_is_told(caplog, net, batch):
+    x, y = batch
+
+    class Rounded(nn.Module):
+        def forward(self, x):
+            return net(x.round()) + 0 * x.sum()
+
+    y_seen = net.eval()(x.round()).argmax(1)
+    assert 'exactly zero' in told(caplog, lambda: PGD(0.1, steps=2)(Rounded(), x, y_seen))
+    assert 'exactly zero' not in told(caplog, lambda: [a(net, x, y) for a in ATTACKS])
+
+
+def test_nan_logits_are_told_and_do_no_harm(caplog, net, batch):
+    x, y = batch
+
+    class Sick(nn.Module):
+        def forward(self, x):
+            return net(x) + torch.where(torch.arange(len(x)) == 2, torch.nan, 0.0)[:, None]
+
+    found = []
+    assert 'NaN' in told(caplog, lambda: found.append(PGD(0.1, steps=2).run(Sick(), x, y)))
+    assert found[0].x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize('attack', [PGD(0.1, steps=3), APGD(0.1, steps=5), FGSM(0.1)], ids=repr)
+def test_mixed_precision(attack, net, batch):
+    from dataclasses import replace
+
+    x, y = batch
+    full, mixed = attack.run(net, x, y), replace(attack, autocast=torch.bfloat16).run(net, x, y)
+    assert mixed.x_adv.dtype == torch.float32 and (mixed.x_adv - x).abs().max() <= 0.1 + 1e-6
+    assert not torch.equal(mixed.x_adv, full.x_adv) and abs(int(mixed.success.sum()) - int(full.success.sum())) <= 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('norm', [Linf(), L2()])
+def test_rounding_does_not_leave_the_ball(dtype, norm, net, batch):
+    import copy
+
+    x, y = batch[0].to(dtype), batch[1]
+    result = PGD(0.1, steps=5, norm=norm).run(copy.deepcopy(net).to(dtype), x, y)
+    assert norm.size(result.x_adv.double() - x.double()).max() <= 0.1 + 1e-6
+    assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1 and result.size.max() > 0.05
+
+
+def test_the_default_bounds_give_way_to_those_of_the_data_and_given_ones_do_not():
+    from robustnb.noises import named
+
+    assert named(PGD(), bounds=None)['PGD-40'].bounds is None
+    assert named(PGD(bounds=(0.0, 1.0)), bounds=None)['PGD-40'].bounds == (0.0, 1.0)
+    assert named(PGD().at(0.2), bounds=(-1, 1))['PGD-40'].bounds == (-1, 1)
