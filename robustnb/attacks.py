@@ -43,6 +43,7 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits.flatten(), y.to(logits.dtype), reduction='none')
     return F.cross_entropy(logits, y, reduction='none')
 
+# %% ../nbs/20_attacks.ipynb #7b7890cd
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
     "How far the best wrong class leads over the true one; positive means misclassified."
     if _single(logits):
@@ -62,6 +63,7 @@ def _dlr(logits: Tensor, y: Tensor) -> Tensor:
     first, _, third = logits.topk(3).values.unbind(1)
     return _margin(logits, y) / _spread(first - third)
 
+# %% ../nbs/20_attacks.ipynb #9ddeac1b
 def _dlr_towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     "The lead of the target over the true class, in units of a distance between logits."
     if _single(logits) or logits.shape[1] < 4:
@@ -110,7 +112,8 @@ class Norm:
         try:
             return replace(self, scale=self.scale.to(x).expand(x.shape[1:]))
         except RuntimeError as error:
-            raise ValueError(f'a scale of shape {tuple(self.scale.shape)} does not fit samples of shape {tuple(x.shape[1:])}') from error
+            shapes = tuple(self.scale.shape), tuple(x.shape[1:])
+            raise ValueError('a scale of shape {} does not fit samples of shape {}'.format(*shapes)) from error
 
     def reach(self, eps: float | Tensor) -> float | Tensor:
         "How far each value may go."
@@ -200,6 +203,7 @@ def _value(loss: Callable, logits: Tensor, y: Tensor, target: Tensor | None) -> 
         raise ValueError(f'the loss must give one value per sample, shape ({len(logits)},), got {tuple(value.shape)}')
     return value
 
+# %% ../nbs/20_attacks.ipynb #235b0bec
 def _wrong(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     "Whether each sample is misclassified or, with a target, taken for it; never, where y holds no classes."
     if y.shape != logits.shape[:1] or y.is_floating_point() or logits.dim() > 2:
@@ -207,7 +211,15 @@ def _wrong(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
     seen = predictions(logits)
     return seen != y if target is None else (seen == target) & (target != y)
 
-# %% ../nbs/20_attacks.ipynb #235b0bec
+# %% ../nbs/20_attacks.ipynb #ee69e9f8
+def _slope(loss: Tensor, x: Tensor) -> Tensor:
+    "The gradient of each sample's loss with respect to its input, (batch, ...)."
+    if not loss.requires_grad:
+        raise ValueError('the loss has no gradient at the inputs: the output of the model is not differentiable, as after '
+                         'argmax, round or detach. Attacks need its logits')
+    return torch.autograd.grad(loss.sum(), x)[0].nan_to_num(nan=0.0)
+
+# %% ../nbs/20_attacks.ipynb #d783ef3e
 class _Oracle:
     "A model that is asked about the samples of a batch, each pass counted."
 
@@ -237,34 +249,35 @@ class _Oracle:
             logits = self.logits(x)
             y, target = self.y[rows], None if self.target is None else self.target[rows]
             loss, wrong = _value(self.loss, logits, y, target), _wrong(logits, y, target)
-        gradient = self._slope(loss, x) if slope else None
-        if slope and self.rows['backward'] == len(x):  # the first time
+        gradient = _slope(loss, x) if slope else None
+        if slope and not self.rows['backward']:  # the first time
             idle = wrong if target is None else wrong | (target == y)
             self.flat = ((gradient.flatten(1) == 0).all(1) & ~idle).sum()
+        self.rows['backward'] += len(x) if slope else 0
         if self.listen:
             self.listen(x.detach(), logits.detach())
         self.undefined = self.undefined + loss.detach().isnan().sum()
         return gradient, loss.detach(), wrong
 
-    def _slope(self, loss: Tensor, x: Tensor) -> Tensor:
-        if not loss.requires_grad:
-            raise ValueError('the loss has no gradient at the inputs: the output of the model is not differentiable, as after '
-                             'argmax, round or detach. Attacks need its logits')
-        self.rows['backward'] += len(x)
-        return torch.autograd.grad(loss.sum(), x)[0].nan_to_num(nan=0.0)
-
 # %% ../nbs/20_attacks.ipynb #e0d50217
 class Problem(_Oracle):
     "One batch under attack: what may change, by how much, and what the model makes of it."
 
-    def __init__(self, attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor):
+    def __init__(
+        self,
+        attack: 'Attack',  # whose settings say what is allowed
+        model: nn.Module,  # in evaluation mode; not guarded here
+        x: Tensor,  # (batch, ...) clean inputs in single or double precision
+        y: Tensor,  # (batch,) true classes
+        ids: Tensor,  # (batch,) place of each sample in its data set
+    ):
         super().__init__(model, y, attack.loss, attack.autocast)
         self.x, self.ids, self.seed, self.bounds = x, ids, attack.seed, attack.bounds
         self.norm, self.eps = attack.norm.on(x), _eps_for(x, getattr(attack, 'eps', inf))
         self.project = self.norm.ball(x, self.eps, self.bounds)  # points -> the nearest ones that are allowed
         self.target = _classes_to_aim_at(attack.target, self)
         self.stops, self.fixed_shape = not attack.keep_going, is_xla(x.device)
-        self.done = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # rows that are fooled, if the attack stops there
+        self.done = torch.zeros_like(ids, dtype=torch.bool)  # rows that are fooled, if the attack stops there
         self.found = x, x.new_zeros(len(x))  # where that was, and the loss
 
     @property
@@ -278,14 +291,11 @@ class Problem(_Oracle):
 
     def gradient(self, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Gradient of the loss, loss and verdict at a point: (batch, ...), (batch,) and (batch,) bool."
-        return self._open(x_adv, slope=True)
+        return _ask_open_rows(self, x_adv, slope=True)
 
     def judge(self, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         "Loss and verdict at a point, (batch,) each: misclassified or, with a target, taken for it."
-        return self._open(x_adv, slope=False)[1:]
-
-    def _open(self, x_adv: Tensor, slope: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-        return _ask_open_rows(self, x_adv, slope) if self.stops else self.answer(x_adv, slope=slope)
+        return _ask_open_rows(self, x_adv, slope=False)[1:]
 
 # %% ../nbs/20_attacks.ipynb #3f144f40
 def _eps_for(x: Tensor, eps: float | Tensor) -> float | Tensor:
@@ -293,17 +303,18 @@ def _eps_for(x: Tensor, eps: float | Tensor) -> float | Tensor:
     if not isinstance(eps, Tensor):
         return eps
     if eps.dim() and eps.shape != (len(x), *(1,) * (x.dim() - 1)):
-        raise ValueError(f'eps is one number, got a tensor of shape {tuple(eps.shape)}. For an eps of its own for each feature give '
-                         'the norm a scale: PGD(1.0, norm=Linf(scale=eps))')
+        raise ValueError(f'eps is one number, got a tensor of shape {tuple(eps.shape)}. For an eps of its own for each feature '
+                         'give the norm a scale: PGD(1.0, norm=Linf(scale=eps))')
     return eps.to(x)
 
+# %% ../nbs/20_attacks.ipynb #86467b7e
 def _classes_to_aim_at(target, problem: Problem) -> Tensor | None:
     "The target of each sample, (batch,)."
     if target is None:
         return None
     if isinstance(target, Tensor):
-        if int(problem.ids.max()) >= len(target):
-            raise ValueError(f'{len(target)} targets, and a sample with the id {int(problem.ids.max())}: give one for each of the data set')
+        if (last := int(problem.ids.max())) >= len(target):
+            raise ValueError(f'{len(target)} targets, and a sample with the id {last}: give one for each of the data set')
         return check_labels(target.to(problem.ids.device)[problem.ids], len(problem.x))
     if isinstance(target, int):
         return torch.full_like(problem.y, target)
@@ -313,14 +324,18 @@ def _classes_to_aim_at(target, problem: Problem) -> Tensor | None:
         logits = torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1)
     return (TARGETS[target] if isinstance(target, str) else target)(logits, problem.y)
 
+# %% ../nbs/20_attacks.ipynb #5738044c
 def _placed(values: Tensor, rows: Tensor, batch: int, elsewhere: float) -> Tensor:
     "`values` of the samples `rows` in a tensor for the whole batch."
     whole = values.new_full((batch, *values.shape[1:]), elsewhere)
     whole[rows] = values
     return whole
 
+# %% ../nbs/20_attacks.ipynb #617f8c72
 def _ask_open_rows(problem: Problem, x_adv: Tensor, slope: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     "Gradient, loss and verdict where the problem is open; 0, -inf and False where it is done."
+    if not problem.stops:
+        return problem.answer(x_adv, slope=slope)
     batch, rows = len(x_adv), slice(None)
     if problem.fixed_shape:
         gradient, loss, wrong = problem.answer(x_adv, slope=slope)
@@ -361,7 +376,8 @@ def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor 
         problem = Problem(attack, model, x if x.dtype == torch.float64 else x.float(), y, ids)
         yield problem
         if int(problem.undefined):
-            _say_once('the loss is NaN for some samples: the model computes NaN or infinity there, and a verdict on it means nothing')
+            _say_once('the loss is NaN for some samples: the model computes NaN or infinity there, and a verdict on that means '
+                      'nothing')
         if int(problem.flat):
             _say_once('the gradient of the loss is exactly zero for some samples where the attack starts, so it cannot climb: '
                       "the outputs may be saturated (loss='dlr' or 'margin' helps) or the gradient masked. A failed attack "
@@ -377,6 +393,7 @@ def _concluded(problem: Problem, x_adv: Tensor, loss: Tensor, wrong: Tensor) -> 
         x_adv = torch.where(_column(problem.target == problem.y, x_adv), problem.x, x_adv)
     return x_adv, loss, wrong
 
+# %% ../nbs/20_attacks.ipynb #f67f26db
 def _rounded(x_adv: Tensor, x: Tensor) -> Tensor:
     "`x_adv` in the type of `x`, rounded towards `x` where rounding to the nearest would lead farther away from it."
     nearest = x_adv.to(x.dtype)
@@ -432,16 +449,19 @@ def _check_settings(attack: Attack) -> None:
     if not callable(attack.loss) and attack.loss not in LOSSES:
         raise KeyError(f'no loss {attack.loss!r}; there are {", ".join(LOSSES)}, or pass a function (logits, y)')
     if isinstance(attack.target, str) and attack.target not in TARGETS:
-        raise KeyError(f'no target {attack.target!r}; there are {", ".join(TARGETS)}, or pass a class, a tensor of classes, or a function')
+        raise KeyError(f'no target {attack.target!r}; there are {", ".join(TARGETS)}, or pass a class, a tensor of classes, '
+                       'or a function')
     eps, bounds = getattr(attack, 'eps', 0), attack.bounds
     plain = bounds is not None and isinstance(eps, Real) and not any(isinstance(b, Tensor) for b in bounds)
     if plain and attack.norm == Linf() and bounds[1] - bounds[0] < eps < inf:
         _say_once(f'eps={eps:g} is more than the whole range of the inputs, {tuple(bounds)}. Was {eps:g} / 255 meant?')
 
+# %% ../nbs/20_attacks.ipynb #25008a65
 def _passes(rows: dict[str, int], batch: int) -> dict[str, float]:
     "Passes per sample, as whole numbers where they are."
     return {kind: n // batch if n % batch == 0 else round(n / batch, 3) for kind, n in rows.items()}
 
+# %% ../nbs/20_attacks.ipynb #1d931644
 def _judged(problem: Problem, x: Tensor, x_adv: Tensor, verdict: tuple[Tensor, Tensor] | None) -> AttackResult:
     "The result for what a search found."
     x_adv, loss, wrong = _concluded(problem, x_adv, *(verdict or problem.judge(x_adv)))
@@ -451,6 +471,7 @@ def _judged(problem: Problem, x: Tensor, x_adv: Tensor, verdict: tuple[Tensor, T
     size = problem.norm.size(found.to(problem.x.dtype) - problem.x)
     return AttackResult(found, wrong, size, loss, _passes(problem.rows, len(x)))
 
+# %% ../nbs/20_attacks.ipynb #84c24718
 def _nothing(x: Tensor) -> AttackResult:
     "The result for an empty batch."
     return AttackResult(x, x.new_zeros(0, dtype=torch.bool), x.new_zeros(0), x.new_zeros(0), {'forward': 0, 'backward': 0})
@@ -460,8 +481,10 @@ def _variant(attack: Attack) -> str:
     "What sets an attack apart from its plain form, for its name."
     norm = '' if isinstance(attack.norm, Linf) else f' {type(attack.norm).__name__}'
     loss = '' if attack.loss == 'ce' else f' {attack.loss if isinstance(attack.loss, str) else _name_of(attack.loss)}'
-    target = attack.target if isinstance(attack.target, int | str) else _name_of(attack.target) if callable(attack.target) else 'a class each'
-    return norm + loss + ('' if attack.target is None else f' to {target}')
+    if attack.target is None:
+        return norm + loss
+    own = 'a class each' if isinstance(attack.target, Tensor) else attack.target
+    return f'{norm}{loss} to {_name_of(own) if callable(own) else own}'
 
 # %% ../nbs/20_attacks.ipynb #9ee902de
 @dataclass(frozen=True)
@@ -544,6 +567,7 @@ def _checkpoints(steps: int) -> list[int]:
         shares.append(round(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06), 2))
     return sorted({ceil(share * steps) for share in shares[1:-1]})
 
+# %% ../nbs/20_attacks.ipynb #55a1f251
 class _StepSize:
     "The step of each sample, (batch, 1, ...), halved where a climb does not get on."
 
@@ -634,11 +658,9 @@ class WorstOf(Perturbation):
 
     def __post_init__(self):
         object.__setattr__(self, 'attacks', tuple(self.attacks))
-        if not self.attacks or not all(callable(a) and not isinstance(a, type) for a in self.attacks):
-            raise TypeError(f'WorstOf takes attacks such as [APGD(), APGD(loss="dlr")], got {self.attacks!r}')
         if self.eps is not None:
             super().__post_init__()
-        _members(self)  # says now if they cannot be set to this strength
+        _members(self)  # says now what cannot be meant
 
     @property
     def strength(self) -> float:
@@ -678,6 +700,8 @@ class WorstOf(Perturbation):
 # %% ../nbs/20_attacks.ipynb #080f242a
 def _members(several: WorstOf) -> list[Callable]:
     "The attacks at the strength and with the bounds of the whole, where these were given."
+    if not several.attacks or not all(callable(a) and not isinstance(a, type) for a in several.attacks):
+        raise TypeError(f'WorstOf takes attacks such as [APGD(), APGD(loss="dlr")], got {several.attacks!r}')
     members = []
     for attack in several.attacks:
         if isinstance(attack, Perturbation) and _unsaid(attack.bounds):
@@ -687,6 +711,7 @@ def _members(several: WorstOf) -> list[Callable]:
         members.append(attack if several.eps is None else attack.at(several.eps))
     return members
 
+# %% ../nbs/20_attacks.ipynb #9afc1987
 def _one_after_the_other(attacks: list[Callable], model: nn.Module, x: Tensor, y: Tensor, ids: Tensor) -> _Outcome:
     "The worst that the attacks, in their order, make of each sample."
     def outcome(x_pert: Tensor, rows: Tensor) -> _Outcome:
@@ -699,7 +724,7 @@ def _one_after_the_other(attacks: list[Callable], model: nn.Module, x: Tensor, y
             rows = (~worst[2]).nonzero()[:, 0]
         if not len(rows):
             break
-        found = outcome(perturb(attack, model, x[rows], y[rows], ids[rows]).to(x), rows)
-        worst = tuple(whole.index_copy(0, rows, part) for whole, part in zip(
-            worst, _worse(tuple(whole[rows] for whole in worst), found), strict=True))
+        found, before = outcome(perturb(attack, model, x[rows], y[rows], ids[rows]).to(x), rows), tuple(t[rows] for t in worst)
+        found = _where(before[2], before, _worse(before, found))  # what is wrong already stays, where all rows were attacked
+        worst = tuple(whole.index_copy(0, rows, part) for whole, part in zip(worst, found, strict=True))
     return worst

@@ -77,7 +77,8 @@ def _check_columns(x: Tensor, y: Tensor, ids: Tensor) -> None:
 def _in_words(data: 'DataSet') -> str:
     "One line about a data set."
     size = '×'.join(map(str, data.x.shape[1:]))
-    values = 'unbounded' if data.bounds is None else 'in [{:g}, {:g}]'.format(*data.bounds)
+    low, high = data.bounds or (0, 0)  # numbers, or a tensor for each feature
+    values = f'in [{torch.as_tensor(low).min():g}, {torch.as_tensor(high).max():g}]' if data.bounds else 'unbounded'
     return f'{data.name}: {len(data)} samples of {size}, {values}, {len(data.classes)} classes'
 
 # %% ../nbs/14_data.ipynb #26681b49

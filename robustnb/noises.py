@@ -15,6 +15,7 @@ from math import inf, isfinite, log2, nan
 from numbers import Real
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -287,7 +288,8 @@ def perturb(
     except (TypeError, ValueError) as error:
         raise type(error)(f'{name} returned what no model should get: {error}') from error
     if bounds is not None and _outside(x_pert, bounds) and not _outside(x, bounds):
-        _say_once(f'{name} leaves the range of the inputs, {_range_in_words(bounds)}: clamp what it returns, or its size says little')
+        _say_once(f'{name} leaves the range of the inputs, {_range_in_words(bounds)}: clamp what it returns, or its size says '
+                  'little')
     return x_pert
 
 
@@ -307,10 +309,12 @@ def _plain_setting(value):
         return value
     if isinstance(value, float):
         return value if isfinite(value) else str(value)
-    if isinstance(value, Tensor):
-        values = value.detach().cpu().contiguous()
-        return {'tensor': [*values.shape], 'dtype': str(values.dtype), 'values': _fingerprint(values.view(torch.uint8).numpy().tobytes())
-                if values.dim() else _plain_setting(values.item())}
+    if isinstance(value, nn.Module):
+        return {'module': type(value).__qualname__, 'tensors': _plain_setting(value.state_dict())}
+    if isinstance(value, Tensor | np.ndarray):
+        values = torch.as_tensor(value).detach().cpu().contiguous()
+        data = values.view(torch.uint8).numpy().tobytes() if values.dim() else repr(values.item()).encode()
+        return {'tensor': [*values.shape], 'dtype': str(values.dtype), 'values': _fingerprint(data)}
     if isinstance(value, Mapping):
         return {str(key): _plain_setting(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -330,8 +334,10 @@ def settings_of(
                 'keywords': _plain_setting(perturbation.keywords)}
     name = f'{getattr(perturbation, "__module__", "")}.{getattr(perturbation, "__qualname__", repr(perturbation))}'
     if not hasattr(perturbation, '__code__'):
-        return {'function': name}
-    cells = [cell.cell_contents for cell in perturbation.__closure__ or ()]
+        about = type(perturbation)
+        state = _plain_setting(getattr(perturbation, '__dict__', name))
+        return {'function': f'{about.__module__}.{about.__qualname__}', 'state': state}
+    cells = [c.cell_contents for c in perturbation.__closure__ or () if c.cell_contents is not perturbation]
     known = [_code(perturbation.__code__), _plain_setting(perturbation.__defaults__), _plain_setting(cells)]
     return {'function': name, 'code': _fingerprint(repr(known).encode())}
 

@@ -400,7 +400,8 @@ def test_masks_and_scales(shape, net, batch):
 
 def test_an_eps_for_each_feature_on_a_table():
     with seeded(0):
-        net, x = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(20, 3) * torch.tensor([1.0, 10.0, 100.0])
+        net = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+        x = torch.randn(20, 3) * torch.tensor([1.0, 10.0, 100.0])
     y, each = (x[:, 0] > 0).long(), torch.tensor([0.1, 1.0, 0.0])
     change = PGD(1.0, steps=5, bounds=None, norm=Linf(scale=each))(net, x, y) - x
     assert (change.abs() <= each + 1e-5).all() and (change.abs().amax(0)[:2] > each[:2] * 0.99).all()
@@ -451,7 +452,8 @@ def test_targets(net, batch):
     ids = torch.arange(12) + 20
     by_id[ids] = given
     assert torch.equal(named(net, x, y, ids=ids), PGD(0.2, steps=5, target=by_id)(net, x, y, ids=ids))
-    assert torch.equal(named(net, x, y), PGD(0.2, steps=5, target=lambda logits, y: TARGETS['least likely'](logits, y))(net, x, y))
+    own = PGD(0.2, steps=5, target=lambda logits, y: TARGETS['least likely'](logits, y))
+    assert torch.equal(named(net, x, y), own(net, x, y))
     result = PGD(0.4, steps=20, target=given).run(net, x, y)
     with torch.no_grad():
         assert torch.equal(result.success, net(result.x_adv).argmax(1) == given) and result.success.any()
@@ -465,8 +467,11 @@ def test_targets(net, batch):
 # --------------------------------------------------------------------------------------- stopping where it is fooled
 
 
-@pytest.mark.parametrize('attack', [PGD(0.1, steps=8), PGD(0.1, steps=4, restarts=3), APGD(0.1, steps=9), PGD(0.8, steps=8, norm=L2()),
-                                    PGD(0.1, steps=8, target='runner-up')], ids=repr)
+STOPPING = [PGD(0.1, steps=8), PGD(0.1, steps=4, restarts=3), APGD(0.1, steps=9), APGD(0.8, steps=9, norm=L2()),
+            PGD(0.1, steps=8, target='runner-up')]
+
+
+@pytest.mark.parametrize('attack', STOPPING, ids=repr)
 def test_stopping_early_is_as_strong_and_costs_less(attack, net, batch):
     from dataclasses import replace
 
@@ -481,8 +486,7 @@ def test_stopping_early_is_as_strong_and_costs_less(attack, net, batch):
     assert torch.equal(replace(attack, keep_going=False)(net, x, y), brief.x_adv)
 
 
-@pytest.mark.parametrize('attack', [PGD(0.1, steps=8), PGD(0.1, steps=4, restarts=3), APGD(0.1, steps=9), APGD(0.8, steps=9, norm=L2())],
-                         ids=repr)
+@pytest.mark.parametrize('attack', STOPPING, ids=repr)
 def test_masks_of_a_fixed_shape_give_what_a_shrinking_batch_gives(attack, net, batch):
     from dataclasses import replace
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import robustnb
-from robustnb import attacks, evaluation, guard, lsa, models, noises, report, training
+from robustnb import adapters, attacks, evaluation, guard, lsa, models, noises, report, training
 
 
 class Bomb(nn.Module):
@@ -133,6 +133,8 @@ def cases(p) -> dict:
         'noises.Matched.__call__': lambda m: noises.matched(noises.Gaussian(), p)(m, X, Y),
         'noises.perturb': lambda m: noises.perturb(lambda model, x, y: p(model, x, y), m, X, Y),
         'evaluation.predict': lambda m: evaluation.predict(m, X),
+        'attacks.Problem.__init__': lambda m: attacks.Problem(attacks.PGD(), m, X, Y, torch.arange(6)),
+        'evaluation.calibrate': lambda m: evaluation.calibrate(p, m, DATA, accuracy=0.0, **quiet),
         'evaluation.accuracy': lambda m: evaluation.accuracy(m, DATA),
         'evaluation.evaluate': lambda m: evaluation.evaluate(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'training.fit': lambda m: training.fit(m, DATA, training.Adversarial(p), epochs=2, valid=DATA, **quiet),
@@ -145,7 +147,7 @@ def cases(p) -> dict:
 
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
-    'guard.Logits.__init__', 'probes.select', 'models.save',
+    'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
@@ -211,6 +213,18 @@ FOUND = [name for name in public_callables_with_a_model() if name not in ABSTRAC
 HELD = [name for name in FOUND if name not in BY_DESIGN]
 
 
+def adapted(cls):
+    "An adapter of any library around an attack with bad manners, which needs none of them."
+
+    def rude(shown, x, y):
+        shown.train()
+        shown(x.requires_grad_()).logsumexp(1).sum().backward()
+        return (x + 0.01 * torch.rand_like(x) * x.grad.sign()).clamp(0, 1).detach()
+
+    find = {'find': lambda self, problem, x, y, bounds: rude(adapters._Shown(problem), x, y)}
+    return type(cls.__name__, (cls,), find)(lambda model: rude)
+
+
 def case_of(name: str, folder, p=attacks.FGSM(0.05)):
     if name == 'models.save':
         return lambda m: models.save(m, folder / 'weights.safetensors')
@@ -220,6 +234,8 @@ def case_of(name: str, folder, p=attacks.FGSM(0.05)):
     cls = getattr(importlib.import_module(f'robustnb.{module}'), cls)
     if module in ('noises', 'attacks') and issubclass(cls, noises.Perturbation) and method in ('__call__', 'run'):
         return lambda m: getattr(settings_for(cls), method)(m, X, Y)
+    if module == 'adapters':
+        return lambda m: getattr(adapted(cls), method)(m, X, Y)
     pytest.fail(f'{name} takes a model and has no case here: say how it is held to the promise')
 
 
