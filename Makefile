@@ -10,6 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+BENCH_VENV ?= .venv-bench
 TORCH_INDEX ?=
 ARGS ?=
 NB ?=
@@ -25,6 +26,7 @@ DECLARED := settings.ini setup.py constraints.txt
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+BENCH := $(VENV)/.installed-bench
 # Present while pip writes, and left there when it is interrupted or killed: then the files cannot be trusted.
 UNFINISHED := $(VENV)/.install-unfinished
 
@@ -63,6 +65,19 @@ notebooks: $(DEV)  ## run the notebooks again for their committed outputs; NB='n
 docs: $(DOCS)  ## the site from the notebooks and their outputs, in _docs
 	@$(BIN)/python tools/docs.py
 
+.PHONY: parity
+parity: bench-env  ## the same attacks in torchattacks, foolbox and ART give the same numbers, in .venv-bench
+	@$(BENCH_VENV)/bin/python -m pytest tests/bench/test_parity.py --durations=5 $(ARGS)
+
+.PHONY: bench
+bench: bench-env  ## how long attacks take here, in torchattacks, foolbox and ART; ARGS='--rounds 3 --only pgd-40' picks
+	@$(BENCH_VENV)/bin/python tests/bench/attacks.py $(ARGS)
+
+# An environment of its own: torchattacks holds requests at a version of 2021, which nothing else here should have to live with.
+.PHONY: bench-env
+bench-env:
+	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) $(BENCH_VENV)/.installed-bench
+
 .PHONY: env
 env: $(DEV)  ## install only
 
@@ -84,3 +99,6 @@ $(DEV): $(RUNTIME)
 
 $(DOCS): $(DEV)
 	$(call install,what the site needs,.[docs])
+
+$(BENCH): $(RUNTIME)
+	$(call install,the libraries to compare with,.[bench])

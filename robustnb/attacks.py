@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from math import ceil, inf, nan
+from math import ceil, inf, isnan, nan
 from numbers import Real
 from typing import ClassVar
 
@@ -135,7 +135,8 @@ class Linf(Norm):
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step: float | Tensor) -> Tensor:
         "Move by `step` in the direction in which the loss grows fastest."
-        return x_adv + self.reach(step) * gradient.sign()
+        reach, sign = self.reach(step), gradient.sign()
+        return x_adv.addcmul(sign, reach) if isinstance(reach, Tensor) else x_adv.add(sign, alpha=reach)
 
     def ball(self, x: Tensor, eps: float | Tensor, bounds) -> Callable[[Tensor], Tensor]:
         "The function that takes points to the nearest ones inside the box and the bounds."
@@ -156,7 +157,8 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 def _length_one(change: Tensor) -> Tensor:
-    "Each sample's change at length 1, however small it was; zero stays zero."
+    "Each sample's change at length 1, however small or large it was; zero stays zero."
+    change = change.nan_to_num()  # an infinite gradient still has a direction
     largest = change.flatten(1).abs().amax(1).clamp(min=torch.finfo(change.dtype).tiny)  # squares of it would vanish
     change = change / _column(largest, change)
     return change / _column(change.flatten(1).norm(dim=1).clamp(min=1), change)
@@ -217,7 +219,7 @@ def _slope(loss: Tensor, x: Tensor) -> Tensor:
     if not loss.requires_grad:
         raise ValueError('the loss has no gradient at the inputs: the output of the model is not differentiable, as after '
                          'argmax, round or detach. Attacks need its logits')
-    return torch.autograd.grad(loss.sum(), x)[0].nan_to_num(nan=0.0)
+    return torch.autograd.grad(loss.sum(), x)[0]
 
 # %% ../nbs/20_attacks.ipynb #d783ef3e
 class _Oracle:
@@ -228,7 +230,7 @@ class _Oracle:
         self.target: Tensor | None = None  # (batch,) classes to aim at
         self.classes: int | None = None  # known after the first answer
         self.rows = {'forward': 0, 'backward': 0}  # how many samples went through the model
-        self.flat = self.undefined = 0  # how many had no gradient where the attack began, and a loss that is NaN
+        self.flat, self.total = 0, 0.0  # samples with no gradient where the attack began; all losses, NaN if one of them was
         self.listen: Callable[[Tensor, Tensor], None] | None = None  # is told each point, and the logits there
 
     def logits(self, x: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ class _Oracle:
         if self.classes is None:
             self.classes = 2 if _single(logits) else logits.shape[1]
             if self.loss in LOSSES.values():
-                check_labels(self.y, len(x), self.classes)
+                check_labels(self.y, len(self.y), self.classes)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def answer(self, x: Tensor, rows=slice(None), slope: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -256,8 +258,9 @@ class _Oracle:
         self.rows['backward'] += len(x) if slope else 0
         if self.listen:
             self.listen(x.detach(), logits.detach())
-        self.undefined = self.undefined + loss.detach().isnan().sum()
-        return gradient, loss.detach(), wrong
+        loss = loss.detach()
+        self.total = self.total + loss.sum()
+        return gradient, loss, wrong
 
 # %% ../nbs/20_attacks.ipynb #e0d50217
 class Problem(_Oracle):
@@ -278,7 +281,7 @@ class Problem(_Oracle):
         self.target = _classes_to_aim_at(attack.target, self)
         self.stops, self.fixed_shape = not attack.keep_going, is_xla(x.device)
         self.done = torch.zeros_like(ids, dtype=torch.bool)  # rows that are fooled, if the attack stops there
-        self.found = x, x.new_zeros(len(x))  # where that was, and the loss
+        self.found = x.clone() if self.stops else x, x.new_zeros(len(x))  # where that was, and the loss
 
     @property
     def finished(self) -> bool:
@@ -325,30 +328,31 @@ def _classes_to_aim_at(target, problem: Problem) -> Tensor | None:
     return (TARGETS[target] if isinstance(target, str) else target)(logits, problem.y)
 
 # %% ../nbs/20_attacks.ipynb #5738044c
-def _placed(values: Tensor, rows: Tensor, batch: int, elsewhere: float) -> Tensor:
-    "`values` of the samples `rows` in a tensor for the whole batch."
-    whole = values.new_full((batch, *values.shape[1:]), elsewhere)
-    whole[rows] = values
-    return whole
-
-# %% ../nbs/20_attacks.ipynb #617f8c72
 def _ask_open_rows(problem: Problem, x_adv: Tensor, slope: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     "Gradient, loss and verdict where the problem is open; 0, -inf and False where it is done."
+    if problem.fixed_shape or not problem.stops:
+        return _masked(problem, x_adv, *problem.answer(x_adv, slope=slope))
+    rows = (~problem.done).nonzero()[:, 0]
+    gradient = torch.zeros_like(x_adv) if slope else None
+    loss, wrong = x_adv.new_full((len(x_adv),), -inf), torch.zeros_like(problem.done)
+    if len(rows):
+        slopes, loss[rows], wrong[rows] = problem.answer(x_adv[rows], rows, slope)
+        fooled = wrong.nonzero()[:, 0]
+        problem.found[0][fooled], problem.found[1][fooled], problem.done[fooled] = x_adv[fooled], loss[fooled], True
+        if slope:
+            gradient[rows] = slopes
+            gradient[fooled] = 0
+    return gradient, loss, wrong
+
+# %% ../nbs/20_attacks.ipynb #617f8c72
+def _masked(problem: Problem, x_adv: Tensor, gradient: Tensor | None, loss: Tensor, wrong: Tensor) -> tuple:
+    "The same from the answers for all rows, in tensors of one shape."
     if not problem.stops:
-        return problem.answer(x_adv, slope=slope)
-    batch, rows = len(x_adv), slice(None)
-    if problem.fixed_shape:
-        gradient, loss, wrong = problem.answer(x_adv, slope=slope)
-    elif len(rows := (~problem.done).nonzero()[:, 0]):
-        answers = problem.answer(x_adv[rows], rows, slope)
-        gradient, loss, wrong = (a if a is None else _placed(a, rows, batch, 0) for a in answers)
-    else:
-        gradient, loss, wrong = torch.zeros_like(x_adv), x_adv.new_zeros(batch), problem.done
+        return gradient, loss, wrong
     wrong = wrong & ~problem.done
-    problem.found = torch.where(_column(wrong, x_adv), x_adv, problem.found[0]), torch.where(wrong, loss, problem.found[1])
-    loss = torch.where(problem.done, -inf, loss)
-    problem.done = problem.done | wrong
-    return torch.where(_column(problem.done, x_adv), 0, gradient) if slope else None, loss, wrong
+    problem.found = _where(wrong, (x_adv, loss), problem.found)
+    loss, problem.done = torch.where(problem.done, -inf, loss), problem.done | wrong
+    return torch.where(_column(problem.done, x_adv), 0, gradient) if gradient is not None else None, loss, wrong
 
 # %% ../nbs/20_attacks.ipynb #94125211
 @dataclass
@@ -375,7 +379,7 @@ def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor 
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # a graph cannot hold inference tensors
         problem = Problem(attack, model, x if x.dtype == torch.float64 else x.float(), y, ids)
         yield problem
-        if int(problem.undefined):
+        if isnan(problem.total):
             _say_once('the loss is NaN for some samples: the model computes NaN or infinity there, and a verdict on that means '
                       'nothing')
         if int(problem.flat):
@@ -391,7 +395,7 @@ def _concluded(problem: Problem, x_adv: Tensor, loss: Tensor, wrong: Tensor) -> 
         loss, wrong = torch.where(problem.done, problem.found[1], loss), wrong | problem.done
     if problem.target is not None:
         x_adv = torch.where(_column(problem.target == problem.y, x_adv), problem.x, x_adv)
-    return x_adv, loss, wrong
+    return torch.where(x_adv.isnan(), problem.x, x_adv), loss, wrong  # a model that computes NaN has led it astray
 
 # %% ../nbs/20_attacks.ipynb #f67f26db
 def _rounded(x_adv: Tensor, x: Tensor) -> Tensor:
@@ -480,7 +484,7 @@ def _nothing(x: Tensor) -> AttackResult:
 def _variant(attack: Attack) -> str:
     "What sets an attack apart from its plain form, for its name."
     norm = '' if isinstance(attack.norm, Linf) else f' {type(attack.norm).__name__}'
-    loss = '' if attack.loss == 'ce' else f' {attack.loss if isinstance(attack.loss, str) else _name_of(attack.loss)}'
+    loss = '' if attack.loss == type(attack).loss else f' {attack.loss if isinstance(attack.loss, str) else _name_of(attack.loss)}'
     if attack.target is None:
         return norm + loss
     own = 'a class each' if isinstance(attack.target, Tensor) else attack.target

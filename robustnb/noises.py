@@ -310,7 +310,8 @@ def _plain_setting(value):
     if isinstance(value, float):
         return value if isfinite(value) else str(value)
     if isinstance(value, nn.Module):
-        return {'module': type(value).__qualname__, 'tensors': _plain_setting(value.state_dict())}
+        known = f'{value!r}{_plain_setting(value.state_dict())}'
+        return {'module': type(value).__qualname__, 'values': _fingerprint(known.encode())}
     if isinstance(value, Tensor | np.ndarray):
         values = torch.as_tensor(value).detach().cpu().contiguous()
         data = values.view(torch.uint8).numpy().tobytes() if values.dim() else repr(values.item()).encode()

@@ -227,3 +227,21 @@ def test_layer_sustainability_explorer(drive, root):
     page.select('layer', 'relu1')
     assert min(page.picture_size()) > 500
     assert not page.errors()
+
+
+def test_explorer_of_attacks(drive, root):
+    page = drive(root / 'nbs' / '27_paths.ipynb')
+    assert page.readout('point') == '20' and page.picture_size() == (600, 456)
+    assert page.words().startswith('Point 20 of 20: read as 3') and 'the true class 2 has' in page.words()
+
+    page.press('point', 'ARROW_LEFT', times=20)
+    assert page.readout('point') == '0' and page.words().startswith('Point 0 of 20: read as 2')
+    page.press('eps', 'ARROW_LEFT')
+    assert page.readout('eps') == '0.05 | 0.35' and 'Size of the change 0.05' in page.words()
+    page.select('norm', 'L2')
+    assert 'at which PGD-20 in L2 succeeds is' in page.words()
+    page.select('attack', 'FGSM')
+    page.tick('probabilities')
+    assert page.words().startswith('Point 0 of 1: read as 2')
+    assert page.picture_size() == (600, 456)
+    assert not page.errors()

@@ -15,6 +15,7 @@ import torch_xla, torch, numpy as np
 from dataclasses import replace
 from torch import nn
 from robustnb.attacks import APGD, FGSM, L2, PGD, WorstOf
+from robustnb.blackbox import Square
 from robustnb.devices import compile_count, pick_device, seeded
 from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
@@ -42,15 +43,21 @@ net.eval()
 device = pick_device('xla')
 import copy
 other = copy.deepcopy(net).to(device)
+with seeded(0):
+    small = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(150, 5)).eval()
+small_other = copy.deepcopy(small).to(device)
 
-ATTACKS = (PGD(0.05, steps=5), PGD(0.05, steps=5, random_start=False), PGD(0.05, steps=5, keep_going=False), FGSM(0.05, norm=L2()),
-           PGD(0.5, steps=3, norm=L2(), loss='dlr', target='runner-up'), APGD(0.05, steps=6),
-           WorstOf([FGSM(0.05), PGD(0.05, steps=3)]))
-for attack in ATTACKS:
-    here, there = attack.run(net, x, y), attack.run(other, x.to(device), y.to(device))
+def compared(attack, here, there):
+    here, there = attack.run(here, x, y), attack.run(there, x.to(device), y.to(device))
     apart = ((here.x_adv - there.x_adv.cpu()).abs() > 1e-5).float().mean()
     loss, success = (here.loss - there.loss.cpu()).abs().max(), (here.success == there.success.cpu()).all()
-    print('pgd', float(apart), float(loss), bool(success))
+    print('attack', float(apart), float(loss), bool(success), attack.name)
+
+compared(PGD(0.05, steps=5), net, other)
+for attack in (PGD(0.05, steps=5, random_start=False), PGD(0.05, steps=5, keep_going=False), FGSM(0.05, norm=L2()),
+               PGD(0.5, steps=3, norm=L2(), loss='dlr', target='runner-up'), APGD(0.05, steps=6),
+               WorstOf([FGSM(0.05), PGD(0.05, steps=3)]), Square(0.1, queries=20)):
+    compared(attack, small, small_other)
 
 seen = []
 for seed in range(12):
@@ -61,7 +68,7 @@ for make in (lambda i: PGD(0.05 + 0.01 * i, steps=5, keep_going=False, seed=i),
              lambda i: APGD(0.05 + 0.01 * i, steps=6, seed=i)):
     seen = []
     for i in range(4):
-        make(i)(other, x.to(device), y.to(device)).cpu()
+        make(i)(small_other, x.to(device), y.to(device)).cpu()
         seen.append(compile_count())
     print('again', seen[-1] - seen[1])
 
@@ -90,8 +97,10 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
                          env=os.environ | {'PJRT_DEVICE': 'CPU'})
     assert ran.returncode == 0, ran.stderr[-3000:]
     lines = [line.split() for line in ran.stdout.splitlines() if line.strip()]
-    for _, apart, loss, success in (line for line in lines if line[0] == 'pgd'):  # a rare sign of a tiny gradient may differ
-        assert float(apart) < 0.005 and float(loss) < 1e-3 and success == 'True'
+    attacks = [line for line in lines if line[0] == 'attack']
+    assert len(attacks) >= 7
+    for _, apart, loss, success, *name in attacks:  # a rare sign of a tiny gradient may differ
+        assert float(apart) < 0.005 and float(loss) < 1e-3 and success == 'True', name
     found = {line[0]: line[1:] for line in lines}
     assert int(found['compilations'][0]) <= 1, 'ten more seeds and strengths do not compile ten more programs'
     assert all(int(line[1]) <= 1 for line in lines if line[0] == 'again'), ran.stdout

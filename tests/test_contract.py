@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import robustnb
-from robustnb import adapters, attacks, evaluation, guard, lsa, models, noises, report, training
+from robustnb import adapters, attacks, blackbox, evaluation, guard, lsa, masking, models, noises, paths, report, training
 
 
 class Bomb(nn.Module):
@@ -110,7 +110,7 @@ def careless(model, x, y):
 
 
 def settings_for(cls):
-    return cls(**{k: v for k, v in {'steps': 2, 'restarts': 2}.items() if k in cls.__dataclass_fields__})
+    return cls(**{k: v for k, v in {'steps': 2, 'restarts': 2, 'queries': 6}.items() if k in cls.__dataclass_fields__})
 
 
 def cases(p) -> dict:
@@ -134,6 +134,11 @@ def cases(p) -> dict:
         'noises.perturb': lambda m: noises.perturb(lambda model, x, y: p(model, x, y), m, X, Y),
         'evaluation.predict': lambda m: evaluation.predict(m, X),
         'attacks.Problem.__init__': lambda m: attacks.Problem(attacks.PGD(), m, X, Y, torch.arange(6)),
+        'blackbox.Transfer.__call__': lambda m: blackbox.Transfer(make_net('train'), p)(m, X, Y),
+        'blackbox.Transfer.run': lambda m: blackbox.Transfer(make_net('train'), p).run(m, X, Y),
+        'paths.trace': lambda m: paths.trace(noisy, m, X, Y),
+        'paths.explore': lambda m: paths.explore(m, X[:1], Y[:1], noisy, [0.1], **quiet),
+        'masking.check_masking': lambda m: masking.check_masking(m, DATA, noisy, n=6, queries=2, draws=2, **quiet),
         'evaluation.calibrate': lambda m: evaluation.calibrate(p, m, DATA, accuracy=0.0, **quiet),
         'evaluation.accuracy': lambda m: evaluation.accuracy(m, DATA),
         'evaluation.evaluate': lambda m: evaluation.evaluate(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
@@ -148,6 +153,7 @@ def cases(p) -> dict:
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
     'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__',
+    'blackbox.Transfer.__call__',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
@@ -232,7 +238,7 @@ def case_of(name: str, folder, p=attacks.FGSM(0.05)):
         return cases(p)[name]
     module, cls, method = (*name.split('.'), '')[:3]
     cls = getattr(importlib.import_module(f'robustnb.{module}'), cls)
-    if module in ('noises', 'attacks') and issubclass(cls, noises.Perturbation) and method in ('__call__', 'run'):
+    if module in ('noises', 'attacks', 'blackbox', 'minimal') and issubclass(cls, noises.Perturbation) and method in ('__call__', 'run'):
         return lambda m: getattr(settings_for(cls), method)(m, X, Y)
     if module == 'adapters':
         return lambda m: getattr(adapted(cls), method)(m, X, Y)
