@@ -484,11 +484,10 @@ def _nothing(x: Tensor) -> AttackResult:
 def _variant(attack: Attack) -> str:
     "What sets an attack apart from its plain form, for its name."
     norm = '' if isinstance(attack.norm, Linf) else f' {type(attack.norm).__name__}'
-    loss = '' if attack.loss == type(attack).loss else f' {attack.loss if isinstance(attack.loss, str) else _name_of(attack.loss)}'
-    if attack.target is None:
-        return norm + loss
-    own = 'a class each' if isinstance(attack.target, Tensor) else attack.target
-    return f'{norm}{loss} to {_name_of(own) if callable(own) else own}'
+    words = [_name_of(of) if callable(of) else of for of in (attack.loss, attack.target)]
+    loss = '' if attack.loss == type(attack).loss else f' {words[0]}'
+    aim = 'a class each' if isinstance(attack.target, Tensor) else words[1]
+    return norm + loss + ('' if attack.target is None else f' to {aim}')
 
 # %% ../nbs/20_attacks.ipynb #9ee902de
 @dataclass(frozen=True)

@@ -415,7 +415,8 @@ def _report(trial: Trial, checks: list[str], columns: dict[str, list], settings:
     variables = {name: ('check', values) for name, values in columns.items()}
     names, eps = zip(*trial.known, strict=True)
     variables['correct'] = ('case', 'sample'), ~np.stack(list(trial.known.values()))
-    coords = {'check': checks, 'attack': ('case', list(names)), 'eps': ('case', list(eps)), 'sample': trial.data.ids.cpu().numpy()}
+    coords = {'check': checks, 'attack': ('case', list(names)), 'eps': ('case', list(eps)),
+              'sample': trial.data.ids.cpu().numpy()}
     return MaskingReport(xr.Dataset(variables, coords), settings)
 
 # %% ../nbs/28_masking.ipynb #61255b3f

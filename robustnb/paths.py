@@ -17,7 +17,22 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Circle, Rectangle
 from torch import Tensor, nn
 
-from .attacks import APGD, FGSM, L2, PGD, Attack, Linf, Norm, Problem, _concluded, _lent, _passes, _single, _value, _wrong
+from robustnb.attacks import (
+    APGD,
+    FGSM,
+    L2,
+    PGD,
+    Attack,
+    Linf,
+    Norm,
+    Problem,
+    _concluded,
+    _lent,
+    _passes,
+    _single,
+    _value,
+    _wrong,
+)
 from .data import class_name
 from .devices import device_of, progress
 from .guard import Logits, check_labels
@@ -109,7 +124,7 @@ class AttackPath(Result):
         return self.dataset['points'].values[returned, np.arange(len(returned))]
 
     def table(self):
-        "One row per sample and point: size of the change, loss, class seen, whether that is a success, probability of the true class."
+        "One row per sample and point: size of the change, loss, class seen, success, probability of the true class."
         return _table(self.dataset)
 
     def plot(self, sample: int = 0, point: int | None = None, probabilities: bool = False, title: str | None = None):
@@ -525,8 +540,8 @@ def _describe(bundle: _Paths, attack: str, norm: str, eps: float, point: int, pr
     elsewhere = '' if at == view.returned else f' The attack returns point {view.returned} (the ring at the loss).'
     over_all = (f'{attack} in {norm} does not succeed at any of these strengths.' if row is None else
                 f'The smallest of these strengths at which {attack} in {norm} succeeds is {bundle.strengths[norm][row]:g}.')
-    return (f'Point {at} of {len(view.logits) - 1}: read as {names[sure.argmax()]} with {sure.max():.0%}{truth}. Size of the change '
-            f'{float(data["size"].values[at]):.3g}, loss {float(data["loss"].values[at]):.3g}.{elsewhere}\n{over_all}')
+    return (f'Point {at} of {len(view.logits) - 1}: read as {names[sure.argmax()]} with {sure.max():.0%}{truth}. Size of the '
+            f'change {float(data["size"].values[at]):.3g}, loss {float(data["loss"].values[at]):.3g}.{elsewhere}\n{over_all}')
 
 # %% ../nbs/27_paths.ipynb #4294f03c
 def _one_sample(x: Tensor, y) -> tuple[Tensor, Tensor]:
@@ -558,7 +573,7 @@ def explore(
     x: Tensor,  # (1, ...) one sample, or (...) if `y` is a number
     y: int | Tensor,  # its class, a number or (1,)
     attacks=None,  # attacks: one, a list, or a dictionary by name; None for FGSM, PGD and APGD with 20 steps
-    eps: Sequence[float] | Mapping[str, Sequence[float]] | None = None,  # strengths, or name of each norm -> strengths; None for eight
+    eps: Sequence[float] | Mapping[str, Sequence[float]] | None = None,  # strengths, or norm -> strengths; None for eight
     norms: Sequence[Norm] = (Linf(), L2()),  # the shapes of the allowed set; they replace those of the attacks
     bounds: tuple | None = (0, 1),  # range of the inputs, for attacks that were not given any; None: unbounded
     sample: int = 0,  # place of the sample in its data set; random starts depend on it

@@ -17,7 +17,20 @@ import torch
 from torch import nn
 
 import robustnb
-from robustnb import adapters, attacks, blackbox, evaluation, guard, lsa, masking, models, noises, paths, report, training
+from robustnb import (
+    adapters,
+    attacks,
+    blackbox,
+    evaluation,
+    guard,
+    lsa,
+    masking,
+    models,
+    noises,
+    paths,
+    report,
+    training,
+)
 
 
 class Bomb(nn.Module):
@@ -238,7 +251,8 @@ def case_of(name: str, folder, p=attacks.FGSM(0.05)):
         return cases(p)[name]
     module, cls, method = (*name.split('.'), '')[:3]
     cls = getattr(importlib.import_module(f'robustnb.{module}'), cls)
-    if module in ('noises', 'attacks', 'blackbox', 'minimal') and issubclass(cls, noises.Perturbation) and method in ('__call__', 'run'):
+    rooms = ('noises', 'attacks', 'blackbox', 'minimal')
+    if module in rooms and issubclass(cls, noises.Perturbation) and method in ('__call__', 'run'):
         return lambda m: getattr(settings_for(cls), method)(m, X, Y)
     if module == 'adapters':
         return lambda m: getattr(adapted(cls), method)(m, X, Y)
