@@ -336,7 +336,8 @@ def _ask_open_rows(problem: Problem, x_adv: Tensor, slope: bool) -> tuple[Tensor
     gradient = torch.zeros_like(x_adv) if slope else None
     loss, wrong = x_adv.new_full((len(x_adv),), -inf), torch.zeros_like(problem.done)
     if len(rows):
-        slopes, loss[rows], wrong[rows] = problem.answer(x_adv[rows], rows, slope)
+        slopes, values, wrong[rows] = problem.answer(x_adv[rows], rows, slope)
+        loss[rows] = values.to(loss)  # the inputs may be in double precision and the model not
         fooled = wrong.nonzero()[:, 0]
         problem.found[0][fooled], problem.found[1][fooled], problem.done[fooled] = x_adv[fooled], loss[fooled], True
         if slope:
@@ -639,7 +640,7 @@ def _counting(model: nn.Module) -> Iterator[dict[str, int]]:
     rows = {'forward': 0, 'backward': 0}
 
     def count(module, args, output):
-        logits = first_tensor(output)
+        logits = getattr(output, 'logits', first_tensor(output))
         rows['forward'] += len(logits)
         if logits.requires_grad:
             logits.register_hook(lambda gradient: rows.update(backward=rows['backward'] + len(gradient)))

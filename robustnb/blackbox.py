@@ -27,6 +27,8 @@ def _share(p: float, query: int, queries: int) -> float:
     return p / 2 ** sum(10_000 * query > after * queries for after in _HALVED_AFTER)
 
 # %% ../nbs/25_blackbox.ipynb #8fa23d2c
+_AHEAD = 16  # moves whose random numbers are drawn at once, since a draw is made of many small operations
+
 class _Canvas:
     "A batch of images, sequences or volumes as (batch, channels, *space), and windows in the part that may change."
 
@@ -37,18 +39,24 @@ class _Canvas:
         self.box = [(int(place.min()), int(place.max()) + 1) for place in free.any(0).nonzero().T]  # first, end of each axis
         self.free = free.to(problem.x.device)
         self.numbers, self.coins = len(self.box), (shape[1], *(1,) * len(self.box))  # random numbers for a place, for signs
+        self.places = [self.along(axis, torch.arange(size, device=self.ids.device)[None] - self.box[axis][0])
+                       for axis, size in enumerate(self.shape[2:])]  # numbers of the places on each axis, counted from the box
+        self.ahead: tuple[int, tuple[Tensor, ...]] = -1, ()  # which moves numbers were drawn for, and the numbers
 
-    def draw(self, stream: int, *sizes: int) -> tuple[Tensor, ...]:
-        "So many numbers from [0, 1) for each sample, (batch, size) each."
-        return sample_uniform((sum(sizes),), self.ids, self.seed, stream).split(sizes, 1)
+    def first(self, restart: int, *sizes: int) -> tuple[Tensor, ...]:
+        "So many numbers from [0, 1) for each sample, (batch, size) each, for the point where a search begins."
+        return sample_uniform((sum(sizes),), self.ids, self.seed, -1 - restart).split(sizes, 1)
+
+    def draw(self, move: int, *sizes: int) -> tuple[Tensor, ...]:
+        "The same for a move, as many as for every other one."
+        block, row = divmod(move, _AHEAD)
+        if self.ahead[0] != block:
+            self.ahead = block, sample_uniform((_AHEAD, sum(sizes)), self.ids, self.seed, block).unbind(1)
+        return self.ahead[1][row].split(sizes, 1)
 
     def along(self, axis: int, values: Tensor) -> Tensor:
         "`values` for each place on an axis, (batch or 1, places), in a shape that broadcasts with the samples."
         return values.view(len(values), 1, *(-1 if i == axis else 1 for i in range(len(self.shape) - 2)))
-
-    def places(self, axis: int) -> Tensor:
-        "The numbers of the places on an axis, counted from the box, (1, places)."
-        return torch.arange(self.shape[2 + axis], device=self.ids.device)[None] - self.box[axis][0]
 
     def sides(self, share: float, odd: bool = False) -> tuple[int, ...]:
         "The sides of a window; `odd` ones are at least 3, if there is room for it."
@@ -60,8 +68,8 @@ class _Canvas:
         "Which places lie in a window of each sample, (batch, 1, *space), and how far each is from where it begins."
         sides, offsets = self.sides(share, odd), []
         for axis, (side, (first, end)) in enumerate(zip(sides, self.box, strict=True)):
-            begin = (numbers[:, axis:axis + 1] * (end - first - side + 1)).floor()
-            offsets.append(self.along(axis, self.places(axis) - begin))
+            begin = (numbers[:, axis] * (end - first - side + 1)).floor()
+            offsets.append(self.places[axis] - _column(begin, self.places[axis]))
         inside = [(offset >= 0) & (offset < side) for offset, side in zip(offsets, sides, strict=True)]
         return reduce(torch.logical_and, inside), offsets
 
@@ -85,9 +93,13 @@ def _canvas(problem: Problem) -> _Canvas:
     x = problem.x
     return _Canvas(problem, x.shape) if x.dim() > 2 else _Table(problem, (len(x), 1, x[0].numel()))
 
+def _heads(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    "Heads or tails from numbers in [0, 1), (batch, *shape) bool."
+    return (numbers >= 0.5).view(-1, *shape)
+
 def _signs(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
-    "Heads or tails, -1 or 1, from numbers in [0, 1): (batch, *shape)."
-    return torch.where(numbers < 0.5, -1.0, 1.0).view(-1, *shape)
+    "The same as 1 and -1."
+    return 2.0 * _heads(numbers, shape) - 1
 
 # %% ../nbs/25_blackbox.ipynb #0cfa8bf7
 class _Corners:
@@ -97,23 +109,23 @@ class _Corners:
         self.canvas, reach = _canvas(problem), problem.norm.reach(problem.eps)
         self.low, self.high = (problem.project(problem.x + way * reach).reshape(self.canvas.shape) for way in (-1, 1))
 
-    def start(self, stream: int) -> Tensor:
+    def start(self, restart: int) -> Tensor:
         "Stripes along the first axis of an image; any corner of a sequence or a table."
         channels, *space = self.canvas.shape[1:]
         stripes = (channels, *(1,) * (len(space) - 1), space[-1])
-        return self.corner(_signs(*self.canvas.draw(stream, prod(stripes)), stripes))
+        return self.corner(_heads(*self.canvas.first(restart, prod(stripes)), stripes))
 
-    def corner(self, signs: Tensor) -> Tensor:
-        "The upper end where a sign is positive, the lower end elsewhere."
-        return torch.where(signs > 0, self.high, self.low)
+    def corner(self, up: Tensor) -> Tensor:
+        "The upper end where `up`, the lower end elsewhere."
+        return torch.where(up, self.high, self.low)
 
-    def move(self, best: Tensor, share: float, stream: int) -> Tensor:
+    def move(self, best: Tensor, share: float, move: int) -> Tensor:
         "`best` with one window at one of the ends."
         canvas = self.canvas
-        place, coins = canvas.draw(stream, canvas.numbers, prod(canvas.coins))
-        window, signs = canvas.window(place, share)[0], _signs(coins, canvas.coins)
-        new, other = (torch.where(window, self.corner(way * signs), best) for way in (1, -1))
-        return torch.where(_column((new == best).flatten(1).all(1), best), other, new)
+        place, coins = canvas.draw(move, canvas.numbers, prod(canvas.coins))
+        window, up = canvas.window(place, share)[0], _heads(coins, canvas.coins)
+        idle = (~window | (self.corner(up) == best)).flatten(1).all(1)
+        return torch.where(window, self.corner(up ^ _column(idle, best)), best)
 
 # %% ../nbs/25_blackbox.ipynb #112a9f44
 def _unit(change: Tensor, start: int) -> Tensor:
@@ -144,30 +156,32 @@ def _bump(sides: tuple[int, ...]) -> Tensor:
     return torch.stack([bump / bump.norm() for bump in bumps])
 
 # %% ../nbs/25_blackbox.ipynb #65e61953
-def _bumps(canvas: _Canvas, stream: int) -> Tensor:
+def _bumps(canvas: _Canvas, restart: int) -> Tensor:
     "Five tiles along each axis, a bump in each: (batch, channels, *space). In a table, a sign for each feature."
     if isinstance(canvas, _Table):
-        return _signs(*canvas.draw(stream, prod(canvas.coins)), canvas.coins)
+        return _signs(*canvas.first(restart, prod(canvas.coins)), canvas.coins)
     axes, channels, sides, inner, tile = len(canvas.box), canvas.shape[1], [], [], 0
     for axis, (first, end) in enumerate(canvas.box):
         sides.append(-(-(end - first) // 5))
-        place = canvas.places(axis) + (5 * sides[-1] - (end - first)) // 2  # the tiles may be larger than the box: centred
-        place = canvas.along(axis, place.clamp(0, 5 * sides[-1] - 1))[:, 0]
+        place = canvas.places[axis][:, 0] + (5 * sides[-1] - (end - first)) // 2  # the tiles may be larger than the box: centred
+        place = place.clamp(0, 5 * sides[-1] - 1)
         inner.append(place % sides[-1])
         tile = 5 * tile + place[0] // sides[-1]
-    turned, coins = canvas.draw(stream, 5**axes, channels * 5**axes)
+    turned, coins = canvas.first(restart, 5**axes, channels * 5**axes)
     bumps = _bump(tuple(sides)).to(canvas.ids.device)[(turned * axes).long()[:, tile], *inner]
     return bumps[:, None] * _signs(coins, (channels, 5**axes))[:, :, tile]
 
 # %% ../nbs/25_blackbox.ipynb #7bd09b24
 def _one_bump(canvas: _Canvas, place: Tensor, turned: Tensor, share: float) -> tuple[Tensor, Tensor | float]:
-    "A window of each sample, and the bump in it. In a table, ones."
+    "A window of each sample, and the bump in it, of length 1. In a table, the same number for each feature."
     window, offsets = canvas.window(place, share, odd=True)
     if not offsets:
-        return window, 1.0
+        return window, 1 / window.sum(2, keepdim=True).sqrt()
     sides = canvas.sides(share, odd=True)
-    inner = [offset.clamp(0, side - 1).long() for offset, side in zip(offsets, sides, strict=True)]
-    return window, _bump(sides).to(place.device)[_column((turned[:, 0] * len(sides)).long(), window), *inner]
+    number = _column((turned[:, 0] * len(sides)).floor(), window)  # of the value in the bumps, counted through
+    for offset, side in zip(offsets, sides, strict=True):
+        number = side * number + offset.clamp(0, side - 1)
+    return window, _bump(sides).to(place.device).flatten()[number.long()]
 
 # %% ../nbs/25_blackbox.ipynb #172545a3
 class _Lengths:
@@ -177,26 +191,26 @@ class _Lengths:
         self.problem, self.canvas, eps = problem, _canvas(problem), problem.eps
         self.eps = eps.reshape(-1, *(1,) * (len(self.canvas.shape) - 1)) if isinstance(eps, Tensor) else eps
 
-    def start(self, stream: int) -> Tensor:
+    def start(self, restart: int) -> Tensor:
         "Tiles of bumps, at full length."
-        return self.point(_bumps(self.canvas, stream))
+        return self.point(_bumps(self.canvas, restart))
 
     def point(self, change: Tensor) -> Tensor:
         "The point at full length in the direction of `change`, in units of the scale, and then inside the bounds."
         x, change = self.problem.x, self.eps * _unit(change * self.canvas.free, 1)
         return self.problem.project(x + self.problem.norm.scale * change.reshape(x.shape)).reshape(self.canvas.shape)
 
-    def move(self, best: Tensor, share: float, stream: int) -> Tensor:
+    def move(self, best: Tensor, share: float, move: int) -> Tensor:
         "`best` with the length of two windows in one of them, part of it in another direction."
         canvas, x = self.canvas, self.problem.x
-        place, other, coins, turned = canvas.draw(stream, canvas.numbers, canvas.numbers, prod(canvas.coins), 1)
+        place, other, coins, turned = canvas.draw(move, canvas.numbers, canvas.numbers, prod(canvas.coins), 1)
         (grows, bump), (empties, _) = _one_bump(canvas, place, turned, share), canvas.window(other, share, odd=True)
         change = self.problem.norm.relative(best.reshape(x.shape) - x).reshape(canvas.shape)
         spare = (self.eps**2 - _length(change, 1) ** 2).clamp(min=0) / canvas.shape[1]  # what the bounds had cut off
-        length = (spare + _length(change * (grows | empties), 2) ** 2).sqrt()
-        bump = _unit(grows * bump * _signs(coins, canvas.coins), 2)
-        grown = length * _unit(canvas.free * (bump + _unit(change * grows, 2)), 2)
-        return self.point(torch.where(grows, grown, torch.where(empties, 0, change)))
+        inside, emptied = change * grows, change * (empties & ~grows)
+        length = (spare + _length(inside, 2) ** 2 + _length(emptied, 2) ** 2).sqrt()
+        grown = length * _unit(canvas.free * grows * (bump * _signs(coins, canvas.coins) + _unit(inside, 2)), 2)
+        return self.point(change - inside - emptied + grown)
 
 # %% ../nbs/25_blackbox.ipynb #2c5b0e5f
 def _kept(best: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -233,7 +247,7 @@ class Square(Attack):
     def explore(self, problem: Problem, restart: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         "The worst point, with loss and verdict, of one search with its own windows."
         moves = (_Corners if isinstance(problem.norm, Linf) else _Lengths)(problem)
-        point = moves.start(restart * self.queries)
+        point = moves.start(restart)
         worst = point, *problem.judge(point.reshape(problem.x.shape))
         for query in range(1, self.queries):
             if problem.finished:

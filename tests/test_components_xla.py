@@ -19,6 +19,7 @@ from robustnb.blackbox import Square
 from robustnb.devices import compile_count, pick_device, seeded
 from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
+from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Blur, Gaussian, Poisson, SaltPepper, Uniform, matched
 
 class Block(nn.Module):
@@ -56,7 +57,8 @@ def compared(attack, here, there):
 compared(PGD(0.05, steps=5), net, other)
 for attack in (PGD(0.05, steps=5, random_start=False), PGD(0.05, steps=5, keep_going=False), FGSM(0.05, norm=L2()),
                PGD(0.5, steps=3, norm=L2(), loss='dlr', target='runner-up'), APGD(0.05, steps=6),
-               WorstOf([FGSM(0.05), PGD(0.05, steps=3)]), Square(0.1, queries=20)):
+               WorstOf([FGSM(0.05), PGD(0.05, steps=3)]), Square(0.1, queries=10), DeepFool(steps=6),
+               CW(steps=6, searches=2), Smallest(PGD(steps=3), tries=3)):
     compared(attack, small, small_other)
 
 seen = []
