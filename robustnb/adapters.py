@@ -42,9 +42,11 @@ class _Shown(nn.Module):
     def __init__(self, problem: Problem, low: float = 0.0, width: float = 1.0):
         super().__init__()
         self.model, self.problem, self.low, self.width = problem.model, problem, low, width
-        self.training = problem.model.training
+        self.training, self.looked = problem.model.training, False
 
     def forward(self, u: Tensor) -> Tensor:
+        if u.requires_grad and not self.looked:
+            u.register_hook(self.look)
         x = u if (self.low, self.width) == (0.0, 1.0) else self.low + self.width * u
         logits = _two_columns(self.problem.logits(x))
         if logits.requires_grad:
@@ -53,6 +55,11 @@ class _Shown(nn.Module):
 
     def count(self, gradient: Tensor) -> None:
         self.problem.rows['backward'] += len(gradient)
+
+    def look(self, gradient: Tensor) -> None:
+        "Remember how many samples have no gradient where the attack begins; whoever lent the problem tells it."
+        if not self.looked:
+            self.looked, self.problem.flat = True, (gradient.flatten(1) == 0).all(1).sum()
 
 # %% ../nbs/26_adapters.ipynb #13b132b0
 def _meet(problem: Problem) -> None:
@@ -107,12 +114,17 @@ class _Lp(Norm):
 # %% ../nbs/26_adapters.ipynb #1c3c85b7
 def _norm(p: float | str) -> Norm:
     "The norm of order `p`: a number, or a word such as 'Linf', 'L2' or 'inf'."
-    p = float(p.lower().removeprefix('l') if isinstance(p, str) else p)
+    try:
+        p = float(p.lower().removeprefix('l') if isinstance(p, str) else p)
+    except ValueError:
+        raise ValueError(f'the attack measures by {p!r}, which is none of our norms: say what sizes are measured in, such as '
+                         'norm=L2()') from None
     return {inf: Linf(), 2.0: L2()}.get(p) or _Lp(p=p)
 
 # part of an attack's name -> order of its norm; the first that fits
 _ORDERS = {'inf': inf, 'l0': 0, 'l1': 1, 'l2': 2, 'cw': 2, 'carlini': 2, 'deepfool': 2, 'newtonfool': 2, 'boundary': 2,
-           'ead': 1, 'elasticnet': 1, 'jsma': 0, 'saliency': 0, 'onepixel': 0, 'pixle': 0}
+           'hopskipjump': 2, 'signopt': 2, 'zooattack': 2, 'simba': 2, 'virtualadversarial': 2, 'eaden': 1, 'elasticnet': 1,
+           'jsma': 0, 'saliency': 0, 'pixel': 0, 'pixle': 0, 'sparsefool': 0}
 
 # %% ../nbs/26_adapters.ipynb #4fe21cad
 @dataclass(frozen=True)
@@ -139,6 +151,11 @@ class Foreign(Attack):
     @property
     def name(self) -> str:
         return f'{self.word} ({self.library})'
+
+    @property
+    def minimal(self) -> bool:
+        "Whether it has no strength, and so looks for the smallest change."
+        return self.eps == inf
 
     @property
     def order(self) -> float | str:

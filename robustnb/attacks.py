@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from math import ceil, inf, isnan, nan
-from numbers import Real
+from math import ceil, inf, nan
+from numbers import Integral, Real
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .devices import device_of, is_xla, sample_normal, sample_uniform, sync, xla_safe
-from .guard import _say_once, check_inputs, check_labels, first_tensor, logits_of, match_dtype, untouched
+from .guard import _say_once, check_inputs, check_labels, logits_of, match_dtype, untouched
 from .noises import Perturbation, _ids, _into, _name_of, _unsaid, perturb
 
 # %% ../nbs/20_attacks.ipynb #0e68ab5e
@@ -91,8 +91,9 @@ class Norm:
 
     def __post_init__(self):
         values = torch.as_tensor(self.scale)
-        if not (values >= 0).all() or not (values > 0).any():
-            raise ValueError(f'the scale of a norm must be at least 0 everywhere and above 0 somewhere, got {self.scale}')
+        if not ((values >= 0) & (values < inf)).all() or not (values > 0).any():
+            raise ValueError('the scale of a norm must be finite, at least 0 everywhere and above 0 somewhere, got '
+                             f'{self.scale}')
 
     def __repr__(self) -> str:
         is_number = isinstance(self.scale, Real)
@@ -170,9 +171,12 @@ class L2(Norm):
 
     def start(self, x: Tensor, eps: float | Tensor, ids: Tensor, seed: int, restart: int) -> Tensor:
         "A point drawn uniformly from the ball around each sample."
-        direction = _length_one(sample_normal(x.shape[1:], ids, seed, restart).to(x))
-        radius = sample_uniform((1,), ids, seed, -1 - restart)[:, 0].to(x) ** (1 / direction[0].numel())
-        return x + self.reach(eps) * direction * _column(radius, x)
+        drawn = sample_normal(x.shape[1:], ids, seed, restart).to(x)
+        free = drawn[0].numel()  # how many values may change: the dimensions of the ball
+        if isinstance(self.scale, Tensor):
+            drawn, free = self.scale.sign() * drawn, (self.scale > 0).sum()
+        radius = sample_uniform((1,), ids, seed, -1 - restart)[:, 0].to(x) ** (1 / free)
+        return x + self.reach(eps) * _length_one(drawn) * _column(radius, x)
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step: float | Tensor) -> Tensor:
         "Move by `step` in the direction in which the loss grows fastest."
@@ -216,12 +220,28 @@ def _wrong(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
 # %% ../nbs/20_attacks.ipynb #ee69e9f8
 def _slope(loss: Tensor, x: Tensor) -> Tensor:
     "The gradient of each sample's loss with respect to its input, (batch, ...)."
-    if not loss.requires_grad:
+    gradient = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
         raise ValueError('the loss has no gradient at the inputs: the output of the model is not differentiable, as after '
                          'argmax, round or detach. Attacks need its logits')
-    return torch.autograd.grad(loss.sum(), x)[0]
+    return gradient
 
 # %% ../nbs/20_attacks.ipynb #d783ef3e
+def _check_answer(oracle: '_Oracle', logits: Tensor, batch: int) -> None:
+    "An error for an output that does not fit the batch, and for classes that the model does not know."
+    known = oracle.loss in LOSSES.values()  # a loss of your own reads outputs of its own
+    if not logits.dim() or len(logits) != batch or (known and logits.dim() > 2):
+        raise ValueError(f'the model gives an output of shape {tuple(logits.shape)} for {batch} samples, expected ({batch}, '
+                         'classes). Where each sample has several answers, give a loss of your own, PGD(loss=...)')
+    oracle.classes = 2 if _single(logits) else logits.shape[1]
+    if known:
+        check_labels(oracle.y, len(oracle.y), oracle.classes)
+        aims = oracle.y if oracle.target is None else oracle.target
+        if len(aims) and not 0 <= int(aims.min()) <= int(aims.max()) < oracle.classes:
+            raise ValueError(f'targets run from {int(aims.min())} to {int(aims.max())}, the model knows 0 to '
+                             f'{oracle.classes - 1}')
+
+# %% ../nbs/20_attacks.ipynb #6b32b4c7
 class _Oracle:
     "A model that is asked about the samples of a batch, each pass counted."
 
@@ -230,18 +250,20 @@ class _Oracle:
         self.target: Tensor | None = None  # (batch,) classes to aim at
         self.classes: int | None = None  # known after the first answer
         self.rows = {'forward': 0, 'backward': 0}  # how many samples went through the model
-        self.flat, self.total = 0, 0.0  # samples with no gradient where the attack began; all losses, NaN if one of them was
+        self.flat, self.nan = 0, False  # samples with no gradient where the attack began; whether a loss was NaN
         self.listen: Callable[[Tensor, Tensor], None] | None = None  # is told each point, and the logits there
 
     def logits(self, x: Tensor) -> Tensor:
         "The model's output for some rows, in single or double precision."
+        version = x._version
         with torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext():
             logits = logits_of(self.model(match_dtype(x, self.model)))
+        if x._version != version:
+            raise ValueError('the model writes into its inputs, so it would be judged on others than it got; x = x.clone() at '
+                             'its beginning mends that')
         self.rows['forward'] += len(x)
         if self.classes is None:
-            self.classes = 2 if _single(logits) else logits.shape[1]
-            if self.loss in LOSSES.values():
-                check_labels(self.y, len(self.y), self.classes)
+            _check_answer(self, logits, len(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def answer(self, x: Tensor, rows=slice(None), slope: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -259,7 +281,7 @@ class _Oracle:
         if self.listen:
             self.listen(x.detach(), logits.detach())
         loss = loss.detach()
-        self.total = self.total + loss.sum()
+        self.nan = self.nan | loss.isnan().any()
         return gradient, loss, wrong
 
 # %% ../nbs/20_attacks.ipynb #e0d50217
@@ -279,6 +301,8 @@ class Problem(_Oracle):
         self.norm, self.eps = attack.norm.on(x), _eps_for(x, getattr(attack, 'eps', inf))
         self.project = self.norm.ball(x, self.eps, self.bounds)  # points -> the nearest ones that are allowed
         self.target = _classes_to_aim_at(attack.target, self)
+        if self.target is not None:
+            self.project = _staying(self.target == y, x, self.project)  # what is its own target has nowhere to go
         self.stops, self.fixed_shape = not attack.keep_going, is_xla(x.device)
         self.done = torch.zeros_like(ids, dtype=torch.bool)  # rows that are fooled, if the attack stops there
         self.found = x.clone() if self.stops else x, x.new_zeros(len(x))  # where that was, and the loss
@@ -311,21 +335,26 @@ def _eps_for(x: Tensor, eps: float | Tensor) -> float | Tensor:
     return eps.to(x)
 
 # %% ../nbs/20_attacks.ipynb #86467b7e
+def _staying(rows: Tensor, x: Tensor, project: Callable) -> Callable[[Tensor], Tensor]:
+    "The function `project`, which leaves some rows at `x`."
+    return lambda x_adv: torch.where(_column(rows, x), x, project(x_adv))
+
+# %% ../nbs/20_attacks.ipynb #225caba1
 def _classes_to_aim_at(target, problem: Problem) -> Tensor | None:
     "The target of each sample, (batch,)."
     if target is None:
         return None
-    if isinstance(target, Tensor):
-        if (last := int(problem.ids.max())) >= len(target):
+    if isinstance(target, Tensor) and target.dim():
+        if len(problem.x) and (last := int(problem.ids.max())) >= len(target):
             raise ValueError(f'{len(target)} targets, and a sample with the id {last}: give one for each of the data set')
         return check_labels(target.to(problem.ids.device)[problem.ids], len(problem.x))
-    if isinstance(target, int):
-        return torch.full_like(problem.y, target)
+    if isinstance(target, Integral | Tensor):
+        return torch.full_like(problem.y, int(target))
     with torch.no_grad():
         logits = problem.logits(problem.x)
     if _single(logits):
         logits = torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1)
-    return (TARGETS[target] if isinstance(target, str) else target)(logits, problem.y)
+    return check_labels((TARGETS[target] if isinstance(target, str) else target)(logits, problem.y), len(logits), problem.classes)
 
 # %% ../nbs/20_attacks.ipynb #5738044c
 def _ask_open_rows(problem: Problem, x_adv: Tensor, slope: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -380,7 +409,7 @@ def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor 
         x, y = (t.clone() if t.is_inference() else t for t in (x, y))  # a graph cannot hold inference tensors
         problem = Problem(attack, model, x if x.dtype == torch.float64 else x.float(), y, ids)
         yield problem
-        if isnan(problem.total):
+        if bool(problem.nan):
             _say_once('the loss is NaN for some samples: the model computes NaN or infinity there, and a verdict on that means '
                       'nothing')
         if int(problem.flat):
@@ -396,17 +425,21 @@ def _concluded(problem: Problem, x_adv: Tensor, loss: Tensor, wrong: Tensor) -> 
         loss, wrong = torch.where(problem.done, problem.found[1], loss), wrong | problem.done
     if problem.target is not None:
         x_adv = torch.where(_column(problem.target == problem.y, x_adv), problem.x, x_adv)
-    return torch.where(x_adv.isnan(), problem.x, x_adv), loss, wrong  # a model that computes NaN has led it astray
+    return _sound(problem, x_adv), loss, wrong
+
+def _sound(problem: Problem, x_adv: Tensor) -> Tensor:
+    "The point itself, and the clean value where it is not finite: a model that computes NaN can lead an attack astray."
+    return torch.where(x_adv.isfinite(), x_adv, problem.x)
 
 # %% ../nbs/20_attacks.ipynb #f67f26db
-def _rounded(x_adv: Tensor, x: Tensor) -> Tensor:
-    "`x_adv` in the type of `x`, rounded towards `x` where rounding to the nearest would lead farther away from it."
-    nearest = x_adv.to(x.dtype)
-    if x.dtype not in (torch.float16, torch.bfloat16):
+def _rounded(x_adv: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    "`x_adv` in the type that `x` had, rounded towards `x` where rounding to the nearest would lead farther away from it."
+    nearest = x_adv.to(dtype)
+    if dtype not in (torch.float16, torch.bfloat16):
         return nearest
-    change, rounded = x_adv - x.float(), nearest.float() - x.float()
-    unit = torch.finfo(x.dtype).eps * x_adv.abs().clamp(min=torch.finfo(x.dtype).tiny)
-    nearer = (x_adv - change.sign() * torch.minimum(change.abs(), unit)).to(x.dtype)
+    change, rounded = x_adv - x, nearest.to(x) - x
+    unit = torch.finfo(dtype).eps * x_adv.abs().clamp(min=torch.finfo(dtype).tiny)
+    nearer = (x_adv - change.sign() * torch.minimum(change.abs(), unit)).to(dtype)
     return torch.where(rounded.abs() > change.abs(), nearer, nearest)
 
 # %% ../nbs/20_attacks.ipynb #3f6ca454
@@ -429,7 +462,7 @@ class Attack(Perturbation):
         "The adversarial inputs alone, (batch, ...)."
         with _lent(self, model, x, y, ids) as problem:
             x_adv = self.search(problem)[0] if len(x) else problem.x
-            return _rounded(_concluded(problem, x_adv, problem.found[1], problem.done)[0], x.to(x_adv.device))
+            return _rounded(_concluded(problem, x_adv, problem.found[1], problem.done)[0], problem.x, x.dtype)
 
     def run(
         self,
@@ -456,7 +489,12 @@ def _check_settings(attack: Attack) -> None:
     if isinstance(attack.target, str) and attack.target not in TARGETS:
         raise KeyError(f'no target {attack.target!r}; there are {", ".join(TARGETS)}, or pass a class, a tensor of classes, '
                        'or a function')
+    if not isinstance(attack.target, str | Integral | Tensor | None) and not callable(attack.target):
+        raise TypeError('target takes a class, a tensor with one for each sample of the data set, a function (logits, y), or one '
+                        f'of {", ".join(TARGETS)}, got {attack.target!r}')
     eps, bounds = getattr(attack, 'eps', 0), attack.bounds
+    if isinstance(eps, Real) and eps == inf and not attack.minimal:
+        raise ValueError(f'eps of {type(attack).__name__} must be at least 0 and finite: steps of a part of it lead nowhere')
     plain = bounds is not None and isinstance(eps, Real) and not any(isinstance(b, Tensor) for b in bounds)
     if plain and attack.norm == Linf() and bounds[1] - bounds[0] < eps < inf:
         _say_once(f'eps={eps:g} is more than the whole range of the inputs, {tuple(bounds)}. Was {eps:g} / 255 meant?')
@@ -469,8 +507,9 @@ def _passes(rows: dict[str, int], batch: int) -> dict[str, float]:
 # %% ../nbs/20_attacks.ipynb #1d931644
 def _judged(problem: Problem, x: Tensor, x_adv: Tensor, verdict: tuple[Tensor, Tensor] | None) -> AttackResult:
     "The result for what a search found."
+    x_adv = _sound(problem, x_adv)
     x_adv, loss, wrong = _concluded(problem, x_adv, *(verdict or problem.judge(x_adv)))
-    found = _rounded(x_adv, x.to(x_adv.device))
+    found = _rounded(x_adv, problem.x, x.dtype)
     if found.dtype not in (torch.float32, torch.float64):  # rounding can change the verdict
         _, loss, wrong = problem.answer(found.float(), slope=False)
     size = problem.norm.size(found.to(problem.x.dtype) - problem.x)
@@ -485,6 +524,7 @@ def _nothing(x: Tensor) -> AttackResult:
 def _variant(attack: Attack) -> str:
     "What sets an attack apart from its plain form, for its name."
     norm = '' if isinstance(attack.norm, Linf) else f' {type(attack.norm).__name__}'
+    norm += '' if isinstance(attack.norm.scale, Real) and attack.norm.scale == 1 else ' scaled'
     words = [_name_of(of) if callable(of) else of for of in (attack.loss, attack.target)]
     loss = '' if attack.loss == type(attack).loss else f' {words[0]}'
     aim = 'a class each' if isinstance(attack.target, Tensor) else words[1]
@@ -541,8 +581,8 @@ class PGD(Attack):
 
     def at(self, strength: float) -> 'PGD':
         "The same attack at another strength; a step that was given grows along, or the attack could not cross the box."
-        step = self.step * strength / self.eps if self.step and self.eps else self.step
-        return replace(self, eps=strength, step=step)
+        grows = self.step is not None and (isinstance(self.eps, Tensor) or self.eps > 0)
+        return replace(self, eps=strength, step=self.step * strength / self.eps if grows else self.step)
 
     def search(self, problem):
         if self.restarts == 1:
@@ -615,7 +655,8 @@ class APGD(Attack):
         "The worst point, with loss and verdict, of one climb from a random start."
         x = before = problem.start(restart)
         gradient, loss, wrong = problem.gradient(x)
-        worst, best, last_look = (x, loss, wrong), (x, gradient, loss), 0
+        worst, best = (x, loss, wrong), (x, gradient, loss)
+        checkpoints, last_look = _checkpoints(self.steps), 0
         pace = _StepSize(2 * problem.eps * _column(torch.ones_like(loss), x), loss)
         for i in range(1, self.steps + 1):
             if problem.finished:
@@ -627,7 +668,7 @@ class APGD(Attack):
             worst = _worse(worst, (x, loss, wrong))
             best = _where(loss > best[2], (x, gradient, loss), best)
             pace.note(loss)
-            if i in _checkpoints(self.steps):
+            if i in checkpoints:
                 back = pace.look(best[2], i - last_look)
                 (x, gradient, _), last_look = _where(back, best, (x, gradient, loss)), i
             sync(x.device)
@@ -640,7 +681,7 @@ def _counting(model: nn.Module) -> Iterator[dict[str, int]]:
     rows = {'forward': 0, 'backward': 0}
 
     def count(module, args, output):
-        logits = getattr(output, 'logits', first_tensor(output))
+        logits = logits_of(output)
         rows['forward'] += len(logits)
         if logits.requires_grad:
             logits.register_hook(lambda gradient: rows.update(backward=rows['backward'] + len(gradient)))
@@ -662,6 +703,9 @@ class WorstOf(Perturbation):
 
     def __post_init__(self):
         object.__setattr__(self, 'attacks', tuple(self.attacks))
+        said = [a.bounds for a in self.attacks if isinstance(a, Perturbation) and not _unsaid(a.bounds)]
+        if said and _unsaid(self.bounds):
+            object.__setattr__(self, 'bounds', said[0])
         if self.eps is not None:
             super().__post_init__()
         _members(self)  # says now what cannot be meant
@@ -697,9 +741,10 @@ class WorstOf(Perturbation):
         if not len(x):
             return _nothing(x)
         with torch.inference_mode(False), untouched(model), _counting(model) as rows:
-            x_adv, loss, wrong = _one_after_the_other(_members(self), model, x.clone(), y.clone(), ids.clone())
-        norm = next((a.norm for a in self.attacks if isinstance(a, Attack)), Linf()).on(x)
-        return AttackResult(x_adv, wrong, norm.size(x_adv - x), loss, _passes(rows, len(x)))
+            x_adv, loss, wrong = _one_after_the_other(_members(self), model, x.clone(), y.clone(), ids.clone(), self.bounds)
+        wide = x if x.dtype == torch.float64 else x.float()
+        norm = next((a.norm for a in self.attacks if isinstance(a, Attack)), Linf()).on(wide)
+        return AttackResult(x_adv, wrong, norm.size(x_adv.to(wide) - wide), loss, _passes(rows, len(x)))
 
 # %% ../nbs/20_attacks.ipynb #080f242a
 def _members(several: WorstOf) -> list[Callable]:
@@ -713,10 +758,13 @@ def _members(several: WorstOf) -> list[Callable]:
         if several.eps is not None and not isinstance(attack, Perturbation):
             raise ValueError(f'{_name_of(attack)} is a plain function, so its strength cannot be set; leave eps out')
         members.append(attack if several.eps is None else attack.at(several.eps))
+        if isinstance(strength := getattr(members[-1], 'strength', 0), Tensor) and strength.dim():
+            raise ValueError('members of WorstOf get other samples each time, so their eps is one number, got a tensor of shape '
+                             f'{tuple(strength.shape)}')
     return members
 
 # %% ../nbs/20_attacks.ipynb #9afc1987
-def _one_after_the_other(attacks: list[Callable], model: nn.Module, x: Tensor, y: Tensor, ids: Tensor) -> _Outcome:
+def _one_after_the_other(attacks: list[Callable], model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, bounds) -> _Outcome:
     "The worst that the attacks, in their order, make of each sample."
     def outcome(x_pert: Tensor, rows: Tensor) -> _Outcome:
         return x_pert, *_Oracle(model, y[rows], 'margin').answer(x_pert, slope=False)[1:]
@@ -728,7 +776,8 @@ def _one_after_the_other(attacks: list[Callable], model: nn.Module, x: Tensor, y
             rows = (~worst[2]).nonzero()[:, 0]
         if not len(rows):
             break
-        found, before = outcome(perturb(attack, model, x[rows], y[rows], ids[rows]).to(x), rows), tuple(t[rows] for t in worst)
+        found = outcome(perturb(attack, model, x[rows], y[rows], ids[rows], bounds).to(x), rows)
+        before = tuple(t[rows] for t in worst)
         found = _where(before[2], before, _worse(before, found))  # what is wrong already stays, where all rows were attacked
         worst = tuple(whole.index_copy(0, rows, part) for whole, part in zip(worst, found, strict=True))
     return worst

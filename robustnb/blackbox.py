@@ -178,10 +178,10 @@ def _one_bump(canvas: _Canvas, place: Tensor, turned: Tensor, share: float) -> t
     if not offsets:
         return window, 1 / window.sum(2, keepdim=True).sqrt()
     sides = canvas.sides(share, odd=True)
-    number = _column((turned[:, 0] * len(sides)).floor(), window)  # of the value in the bumps, counted through
+    number = _column((turned[:, 0] * len(sides)).long(), window)  # of the value in the bumps, counted through
     for offset, side in zip(offsets, sides, strict=True):
-        number = side * number + offset.clamp(0, side - 1)
-    return window, _bump(sides).to(place.device).flatten()[number.long()]
+        number = side * number + offset.clamp(0, side - 1).long()
+    return window, _bump(sides).to(place.device).flatten()[number]
 
 # %% ../nbs/25_blackbox.ipynb #172545a3
 class _Lengths:

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import is_dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -21,13 +22,23 @@ from torch import Tensor, nn
 
 from . import __version__
 from .attacks import Linf, predictions
-from .data import batches, bounds_of, steps_of
+from .data import Batch, _in_memory, batches, bounds_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, Normalized, _say_once, check_inputs, check_labels, logits_of, match_dtype, untouched
-from .noises import Perturbation, _outside, _plain_setting, named, perturb, settings_of
+from robustnb.guard import (
+    Logits,
+    Normalized,
+    _say_once,
+    check_inputs,
+    check_labels,
+    logits_of,
+    match_dtype,
+    untouched,
+    usable,
+)
+from .noises import Perturbation, _code_of_class, _outside, _plain_setting, named, perturb, settings_of
 from .plots import curves, panels
 from .results import Records, Result, task_key
-from .stats import bootstrap_mean, wilson
+from .stats import Interval, wilson
 
 # %% ../nbs/21_evaluation.ipynb #e7ef0128
 log = logging.getLogger(__name__)
@@ -204,17 +215,24 @@ class Evaluation(Result):
 
     def rg(self):
         """The R&G score in per cent, one row per (model and) attack: accuracies over all strengths, 0 included, summed
-        and as a mean with its 95 % bootstrap interval (low, high). The sum depends on how many strengths there are.
+        and as a mean with its 95 % interval (low, high). The sum depends on how many strengths there are.
         """
         return _scores(self.table(), self.dataset['correct'].values)
 
     def difference(self, a: str, b: str):
         """How much more accurate `a` is than `b`, two models or two attacks, in each case that they share: the difference
-        with its 95 % bootstrap interval (low, high), sample by sample.
+        with its 95 % interval (low, high), sample by sample.
         """
         return _differences(self.table(), self.dataset['correct'].values, a, b)
 
 # %% ../nbs/21_evaluation.ipynb #6a23cd99
+def _mean(values: np.ndarray, ends: tuple[float, float]) -> Interval:
+    "Means of the columns of values between two ends, (sample, column), with their 95 % intervals."
+    more = np.concatenate([values, np.broadcast_to(np.reshape(ends, (2, 1)), (2, values.shape[1]))])
+    centre, reach = more.mean(0), 1.96 * more.std(0) / np.sqrt(len(more))
+    return Interval(values.mean(0), np.maximum(centre - reach, ends[0]), np.minimum(centre + reach, ends[1]))
+
+# %% ../nbs/21_evaluation.ipynb #59684170
 def _scores(table, correct: np.ndarray):
     "R&G of each curve."
     found = _curves_of(table)
@@ -223,7 +241,7 @@ def _scores(table, correct: np.ndarray):
         who = f'{lacking[0]} has none' if lacking else 'here is only 0'
         raise ValueError(f'a score adds up over strengths, and {who}; evaluate attacks with eps=[...]')
     strengths = np.array([len(rows) for rows in found.values()])
-    mean = bootstrap_mean(100 * np.stack([correct[rows].mean(0) for rows in found.values()], axis=1))
+    mean = _mean(100 * np.stack([correct[rows].mean(0) for rows in found.values()], axis=1), (0, 100))
     names = table.loc[[rows[-1] for rows in found.values()], [c for c in ('model', 'attack') if c in table]]
     return names.reset_index(drop=True).assign(
         sum=mean.value * strengths, mean=mean.value, low=mean.low, high=mean.high, strengths=strengths)
@@ -240,7 +258,7 @@ def _differences(table, correct: np.ndarray, a: str, b: str):
     pairs = first.merge(second, on=shared)
     if pairs.empty:
         raise ValueError(f'{a} and {b} share no strength, so there is nothing to compare')
-    gap = bootstrap_mean((correct[pairs.index_x].astype(float) - correct[pairs.index_y]).T)
+    gap = _mean((correct[pairs.index_x].astype(float) - correct[pairs.index_y]).T, (-1, 1))
     return pairs[shared].assign(difference=gap.value, low=gap.low, high=gap.high)
 
 # %% ../nbs/21_evaluation.ipynb #92560661
@@ -252,15 +270,44 @@ def _without_address(value) -> str:
 
 def _facts(module: nn.Module) -> str:
     "What decides how a module behaves in evaluation mode, apart from its parameters and buffers."
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, 'inlined_graph', ''))  # a module without `forward` has none
     own = {name: value for name, value in vars(module).items() if name not in _TORCH}
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return _without_address([type(module).__qualname__, _plain_setting(own), _plain_setting(hooks)])
+    kind = type(module)
+    return _without_address([kind.__module__, kind.__qualname__, _code_of_class(kind, ()), _plain_setting([own, hooks])])
 
 # %% ../nbs/21_evaluation.ipynb #bb7b8475
 def _fingerprint(model: nn.Module) -> str:
     "64 digits that change with every change of a model that can be seen."
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     return task_key({'tensors': _plain_setting(tensors), 'modules': {n: _facts(m) for n, m in model.named_modules()}})
+
+# %% ../nbs/21_evaluation.ipynb #69bef193
+def _parts(value) -> list:
+    "What an attack is made of: fields, members of a list, arguments, what a function closes over, attributes."
+    if isinstance(value, Mapping | list | tuple):
+        return list(value.values() if isinstance(value, Mapping) else value)
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, type) or not (callable(value) or is_dataclass(value)):
+        return []
+    cells = [cell.cell_contents for cell in getattr(value, '__closure__', None) or ()]
+    return [*cells, getattr(value, '__self__', None), *getattr(value, '__dict__', {}).values()]
+
+def _known_as(attack: Callable) -> dict:
+    "The settings of an attack, and the fingerprints of the models in it."
+    models, left, seen = [], [attack], []
+    while left:
+        part = left.pop()
+        if any(part is other for other in seen):
+            continue
+        seen.append(part)
+        if isinstance(part, nn.Module):
+            models.append(_fingerprint(part))
+        else:
+            left += _parts(part)
+    return {'settings': settings_of(attack), 'models': models}
 
 # %% ../nbs/21_evaluation.ipynb #5be4bc1b
 def _recalled(store: Records, task: dict, judge: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
@@ -281,7 +328,7 @@ class _Run:
         self.store = records if records is None or isinstance(records, Records) else Records(records)
         if self.store is not None:
             self.fingerprints = {name: _fingerprint(model) for name, model in models.items()}
-            self.settings = [job.attack and settings_of(job.attack) for job in jobs]
+            self.settings = [None if job.attack is None else _known_as(job.attack) for job in jobs]
 
     def over(self, batch: Sequence[Tensor], bar) -> np.ndarray:
         "Whether each sample of a batch is classified correctly in each case, (case, batch)."
@@ -301,6 +348,23 @@ class _Run:
                 'strengths': _plain_setting(self.jobs[job].strengths), 'bounds': _plain_setting(self.bounds)}
 
 # %% ../nbs/21_evaluation.ipynb #1269c9d1
+def _finite(data, batch_size: int) -> Iterator[Batch]:
+    "The batches of data, or an error that says which samples of the data set hold NaN or infinity."
+    for batch in batches(data, batch_size):
+        good = usable(batch.x, bounds=None)
+        if not good.all():
+            ids = batch.ids[~good].tolist()
+            raise ValueError(f'inputs hold NaN or infinity in {len(ids)} of the samples {int(batch.ids[0])} to '
+                             f'{int(batch.ids[-1])}: {", ".join(map(str, ids[:5]))}{" ..." if len(ids) > 5 else ""}. Repair '
+                             'them, or leave them out: keep = robustnb.guard.usable(x), then x[keep] and y[keep]')
+        yield batch
+
+def _look_over(data, batch_size: int) -> None:
+    "An error for NaN or infinity anywhere in data that are in memory."
+    for _ in _finite(data, batch_size) if _in_memory(data) is not None else ():
+        pass
+
+# %% ../nbs/21_evaluation.ipynb #5288307d
 def evaluate(
     model: nn.Module | Mapping[str, nn.Module],  # a classifier, or a dictionary name -> classifier; they come back as they were
     data,  # a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
@@ -316,13 +380,16 @@ def evaluate(
     attacks = named(attacks, bounds)
     eps = None if eps is None else np.atleast_1d(eps).astype(float).tolist()
     jobs, steps, done = _jobs(attacks, eps), steps_of(data, batch_size), []
+    _look_over(data, batch_size)
     run = _Run(models, jobs, bounds, records)
     try:
         with progress(None, 'evaluate', steps and steps * len(jobs) * len(models), show_progress) as bar:
-            for x, y, ids in batches(data, batch_size):
+            for x, y, ids in _finite(data, batch_size):
                 y = check_labels(y, len(x))
                 done.append((run.over((x, y, ids), bar), y.cpu().numpy()))
     except KeyboardInterrupt:
+        if not done:
+            raise
         log.warning('interrupted; the result holds the %d batches that were done', len(done))
     if not done:
         raise ValueError('the data are empty, so there is nothing to evaluate')
@@ -370,7 +437,9 @@ def _doubled(attack: Perturbation, low: float) -> Iterator[float]:
     "The attack's own strength and its doubles, up to where more makes no difference."
     most = attack.strongest
     if attack.bounds is not None and isinstance(getattr(attack, 'norm', None), Linf):
-        most = min(most, float(torch.as_tensor(attack.bounds[1] - attack.bounds[0]).max()))
+        scale = torch.as_tensor(attack.norm.scale).cpu()
+        steps = torch.as_tensor(attack.bounds[1] - attack.bounds[0]).cpu() / scale  # infinite where nothing may change
+        most = min(most, float(torch.where(scale > 0, steps, 0).max()))
     strength = max(attack.strength if 0 < attack.strength < np.inf else 0.01, 2 * low)
     for _ in range(12):
         if strength >= most:
@@ -395,7 +464,7 @@ def _bisected(right: Callable[[float], np.ndarray], wanted: float, low: float, t
         raise ValueError(f'the accuracy is still {found[high]:.3g} at strength {high:g}, more than accuracy={wanted:g}: is the '
                          'gradient masked, or are the steps too few? Else allow larger strengths with high=')
     while True:
-        best = min((low, high), key=lambda strength: abs(found[strength] - wanted))
+        best = min([low, high, *found], key=lambda strength: abs(found[strength] - wanted))  # one further off may come closer
         if abs(found[best] - wanted) <= near or high - low <= tolerance * high or len(found) > 60:
             return best
         middle = (low + high) / 2
@@ -426,7 +495,8 @@ class _Search:
     def over_data(self, judge: Callable) -> np.ndarray:
         "What `judge(x, y, ids)` says of each sample, (n,)."
         found = []
-        for x, y, ids in batches(self.data, self.batch_size, device_of(self.model)):
+        for batch in _finite(self.data, self.batch_size):
+            x, y, ids = (part.to(device_of(self.model)) for part in batch)
             found.append(judge(x, check_labels(y, len(x)), ids))
             self.bar.update()
         if not found:

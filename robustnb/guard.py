@@ -265,7 +265,9 @@ def _outside(x: Tensor, bounds: tuple, slack: float = 1e-4) -> bool:
     "Whether a value lies more than `slack` beyond `bounds`, each a number or a tensor that broadcasts with a sample."
     if x.numel() == 0:
         return False
-    low, high = (b.to(x) if isinstance(b, Tensor) else b for b in bounds)
+    if not any(isinstance(b, Tensor) for b in bounds):
+        return float(x.min()) < bounds[0] - slack or float(x.max()) > bounds[1] + slack
+    low, high = (torch.as_tensor(b).to(x) for b in bounds)
     return bool((x - low).min() < -slack) or bool((x - high).max() > slack)
 
 def _range_in_words(bounds: tuple) -> str:

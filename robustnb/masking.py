@@ -6,11 +6,12 @@
 __all__ = ['CHECKS', 'Finding', 'Trial', 'MaskingReport', 'check_masking']
 
 # %% ../nbs/28_masking.ipynb #fe9eacf1
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from html import escape
-from math import comb, inf
+from math import comb, inf, nan
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,12 @@ from .data import DataSet, _in_memory, batches, bounds_of
 from .devices import device_of, progress, sync
 from .evaluation import evaluate, predict
 from .guard import Logits, logits_of, match_dtype, untouched
-from .noises import named
+from .noises import _name_of, named, settings_of
 from .plots import curves
-from .results import Result
+from .results import Result, task_key
+
+# %% ../nbs/28_masking.ipynb #ce68e780
+log = logging.getLogger(__name__)
 
 # %% ../nbs/28_masking.ipynb #a17854e8
 class Finding(NamedTuple):
@@ -50,13 +54,15 @@ class Trial:
     queries: int = 300  # forward passes of the black-box attack, per sample
     draws: int = 20  # random changes of each sample
     batch_size: int = 256  # samples per step
-    known: dict[tuple[str, float], np.ndarray] = field(default_factory=dict)  # name and strength of an attack -> who was fooled
+    known: dict[tuple[str, float, str], np.ndarray] = field(default_factory=dict)  # name, strength, key of an attack -> who fell
 
     def fooled(self, attack: Callable) -> np.ndarray:
         "Which samples an attack fools, (n,) bool."
-        case = attack.name, float(attack.strength)
+        case = _name_of(attack), float(getattr(attack, 'strength', nan)), task_key(settings_of(attack))
         if case not in self.known:
-            found = evaluate(self.model, self.data, {attack.name: attack}, batch_size=self.batch_size, show_progress=False)
+            found = evaluate(self.model, self.data, {case[0]: attack}, batch_size=self.batch_size, show_progress=False)
+            if len(found.dataset['sample']) < len(self.data):  # `evaluate` gives what it has; a check needs all
+                raise KeyboardInterrupt
             self.known[case] = ~found.dataset['correct'].values[-1]
         return self.known[case]
 
@@ -80,8 +86,9 @@ class Trial:
 # %% ../nbs/28_masking.ipynb #8a77aca6
 def _attack_of(attack, bounds, eps: float | None) -> Attack:
     "The attack at its strength, with the bounds of the data, counting every point on its way; or an error."
-    if not isinstance(attack, Attack):
-        raise TypeError(f'the checks need one attack that follows the gradient, such as PGD(0.1) or APGD(0.1); got {attack!r}')
+    if not isinstance(attack, Attack) or isinstance(attack, Square) or attack.minimal:
+        raise TypeError('the checks need one attack that follows the gradient at a given strength, such as PGD(0.1) or '
+                        f'APGD(0.1); got {attack!r}')
     if attack.target is not None:
         raise ValueError('the checks ask whether a sample can be misclassified at all; give an attack without target=')
     attack = replace(*named(attack, bounds).values(), keep_going=False)
@@ -151,7 +158,7 @@ def _outputs(trial: Trial) -> Finding:
                        'without its last layer, or take their logarithm')
     lead = z.abs()[:, 0] if single else -z.topk(2).values.diff(dim=1)[:, 0]
     large, seen = int((lead > 100).sum()), f'the first logit leads by {lead.median():.3g} (median), at most {lead.max():.3g}'
-    if _some(large, len(z)):
+    if _some(large, len(z)) and trial.attack.loss == 'ce':
         return Finding(False, f'{seen}; by more than 100 for {large} of {len(z)}',
                        "The cross entropy saturates in single precision. Use loss='dlr' or 'margin', or divide the logits")
     return Finding(True, seen)
@@ -160,35 +167,40 @@ def _outputs(trial: Trial) -> Finding:
 def _dice(trial: Trial) -> Finding:
     "The same input gives the same output."
     once, again = trial.logits(), trial.logits(turned=True)
-    change = (once - again).abs().flatten(1).amax(1) if once.dim() > 1 else (once - again).abs()
-    others, other_class = int((change > 1e-3 * once.abs().max()).sum()), int((predictions(once) != predictions(again)).sum())
+    largest = float(once[once.isfinite()].abs().max()) if once.isfinite().any() else 1.0
+    same = once.isclose(again, rtol=0, atol=1e-3 * largest, equal_nan=True).view(len(once), -1).all(1)
+    others, other_class = int((~same).sum()), int((predictions(once) != predictions(again)).sum())
     seen = f'shown twice, the logits of {others} of {len(once)} samples change, and the class of {other_class}'
     return Finding(True, seen) if not others else Finding(
         False, seen, 'The model throws dice. Average the gradient over many throws (expectation over transformations), judge '
         'each sample over many throws as well, and switch the dice off once to see what they contribute')
 
 # %% ../nbs/28_masking.ipynb #b1bb3ecb
-def _flat(trial: Trial, loss: str) -> tuple[Tensor, Tensor]:
-    "Where the gradient is exactly zero, and where the loss is, (n,) bool each."
-    found = []
-    for problem in trial.problems(loss):
-        gradient, value, _ = problem.gradient(problem.x)
-        found.append(((gradient.flatten(1) == 0).all(1).cpu(), (value == 0).cpu()))
-    gradient, value = zip(*found, strict=True)
-    return torch.cat(gradient), torch.cat(value)
+def _other(loss: str | Callable) -> str:
+    "The margin stands in for the cross entropy, the cross entropy for any other loss."
+    return 'margin' if loss == 'ce' else 'ce'
+
+def _flat(trial: Trial, loss: str | Callable) -> Tensor:
+    "Where the gradient of a loss is exactly zero, (n,) bool."
+    return torch.cat([(problem.gradient(problem.x)[0].flatten(1) == 0).all(1).cpu() for problem in trial.problems(loss)])
 
 # %% ../nbs/28_masking.ipynb #8e1d9174
 def _zero_gradient(trial: Trial) -> Finding:
     "The loss has a gradient where the attack starts."
-    (ce, sure), (margin, _) = _flat(trial, 'ce'), _flat(trial, 'margin')
-    n, seen = len(ce), (f'the gradient is exactly zero for {int(ce.sum())} of {len(ce)} (cross entropy) and {int(margin.sum())} '
-                        f'(margin); the cross entropy itself is 0 for {int(sure.sum())}')
-    if _some(int(margin.sum()), n):
+    loss = trial.attack.loss
+    own, other, n = _flat(trial, loss), _flat(trial, _other(loss)), len(trial.data)
+    seen = (f'the gradient is exactly zero for {int(own.sum())} of {n} ({_word(loss)}) and for {int(other.sum())} '
+            f'({_other(loss)}); for both: {int((own & other).sum())}')
+    if _some(int((own & other).sum()), n):
         return Finding(False, seen, 'Nothing flows back through the model: it rounds, compares or picks. Replace that step by a '
                        'smooth one on the way back, or use an attack that needs no gradient, such as Square')
-    if _some(int((ce & ~margin).sum()), n):
-        return Finding(False, seen, "The cross entropy is saturated, the model is not. Use loss='dlr' or 'margin'")
+    if _some(int(own.sum()), n):
+        return Finding(False, seen, f'The loss of the attack is saturated, the model is not. Use loss={_other(loss)!r}')
     return Finding(True, seen)
+
+def _word(loss: str | Callable) -> str:
+    "What a loss is called."
+    return loss if isinstance(loss, str) else _name_of(loss)
 
 # %% ../nbs/28_masking.ipynb #3645d2c3
 def _kept_promise(trial: Trial) -> Tensor:
@@ -256,8 +268,8 @@ def _noise(trial: Trial) -> Finding:
 
 # %% ../nbs/28_masking.ipynb #87235c49
 def _with_another_loss(attack: Attack) -> Attack:
-    "The margin stands in for the cross entropy, the cross entropy for any other."
-    return replace(attack, loss='margin' if attack.loss == 'ce' else 'ce')
+    "The same attack with another loss."
+    return replace(attack, loss=_other(attack.loss))
 
 def _other_loss(trial: Trial) -> Finding:
     "Another loss does not fool many more."
@@ -286,22 +298,26 @@ def _transfer(trial: Trial) -> Finding:
     return (failed or found or [Finding(None, 'no surrogate was given')])[0]
 
 # %% ../nbs/28_masking.ipynb #bcf2c319
+def _has_middle(bounds: tuple | None) -> bool:
+    "Whether the inputs have a range with a middle."
+    return bounds is not None and all(bool(torch.as_tensor(end).isfinite().all()) for end in bounds)
+
 def _to_the_middle(trial: Trial, problem: Problem) -> tuple[Tensor, Tensor]:
     "How far the middle of the range is from each sample, and whether the model calls it something else."
     middle = sum(torch.as_tensor(end).to(problem.x) for end in problem.bounds) / 2 + 0 * problem.x
     return problem.norm.size(middle - problem.x), predict(trial.model, middle) != problem.y
 
 def _to_the_next(trial: Trial, problem: Problem) -> tuple[Tensor, Tensor]:
-    "How far the nearest sample of another class is from each sample; such a sample always works."
+    "How far the nearest sample of another class is from each sample, and whether there is one: it always works."
     x, y = trial.data.x.to(problem.x), trial.data.y.to(problem.y)
-    nearest = [torch.where(y == label, inf, problem.norm.size(x - here)).amin()
-               for here, label in zip(problem.x, problem.y, strict=True)]
-    return torch.stack(nearest), torch.ones_like(problem.y, dtype=torch.bool)
+    nearest = torch.stack([torch.where(y == label, inf, problem.norm.size(x - here)).amin()
+                           for here, label in zip(problem.x, problem.y, strict=True)])
+    return nearest, nearest.isfinite()
 
 # %% ../nbs/28_masking.ipynb #e7621ad8
 def _within_reach(trial: Trial) -> tuple[float, np.ndarray]:
     "A strength at which a change that works is known, and for which samples it is, (n,) bool."
-    way = _to_the_next if trial.attack.bounds is None else _to_the_middle
+    way = _to_the_middle if _has_middle(trial.attack.bounds) else _to_the_next
     sizes, works = zip(*(way(trial, problem) for problem in trial.problems('margin')), strict=True)
     return float(torch.cat(sizes).max()) * 1.0001, torch.cat(works).cpu().numpy()  # a little more, for rounding
 
@@ -329,14 +345,16 @@ def _rising(trial: Trial) -> Finding:
 def _reach(trial: Trial) -> Finding:
     "At the largest strength everything is fooled."
     eps, works = _within_reach(trial)
-    if eps == inf:
-        return Finding(None, 'no change is known that would fool the model within the norm: some values may not change')
+    if eps == inf or not works.any():
+        return Finding(None, 'no change is known that would fool the model within the norm: some values may not change, or all '
+                             'samples are of one class')
     eps = max(eps, trial.attack.strength)
-    standing = ~trial.fooled(trial.attack.at(eps))
-    change = 'turning it plain grey' if trial.attack.bounds is not None else 'moving it to the nearest sample of another class'
-    seen = (f'at eps {eps:.3g}, where a change that works is known for {works.sum()} of {len(works)} ({change}), '
-            f'{standing.sum()} are still right, {(standing & works).sum()} of them with such a change at hand')
-    return Finding(True, seen) if not _some(int(standing.sum()), len(works)) else Finding(
+    standing = int((~trial.fooled(trial.attack.at(eps)) & works).sum())
+    grey = _has_middle(trial.attack.bounds)
+    change = 'turning it plain grey' if grey else 'moving it to the nearest sample of another class'
+    seen = (f'at eps {eps:.3g} a change that works is known for {works.sum()} of {len(works)} ({change}), and {standing} of '
+            'these are still right')
+    return Finding(True, seen) if not _some(standing, int(works.sum())) else Finding(
         False, seen, 'The attack fails where success is certain, so its failure at smaller eps says nothing about the model')
 
 # %% ../nbs/28_masking.ipynb #9bb59f13
@@ -365,7 +383,7 @@ def _drawn_as_curves(dataset, signs: list[str]):
         series[str(name)][np.searchsorted(strengths, eps[names == name])] = right[names == name]
     series[str(names[0])][0] = 1  # without attack all are right
     title = f'Signs of masking: {", ".join(signs)}' if signs else 'No sign of masking'
-    return curves(strengths, series, 'strength', 'right, of those right without attack', title, ylim=(0, 1), percent=True)
+    return curves(strengths, series, 'strength', 'right, of those right without attack', title, ylim=(0, 1.02), percent=True)
 
 # %% ../nbs/28_masking.ipynb #dd9c9c64
 class MaskingReport(Result):
@@ -402,7 +420,13 @@ def _held(trial: Trial, checks: Mapping[str, Callable], rows: dict[str, int], sh
     columns = {name: [] for name in ('verdict', 'seen', 'advice', 'forward', 'backward')}
     for check in progress(list(checks.values()), 'check masking', show=show_progress):
         before = dict(rows)
-        finding = check(trial)
+        try:
+            finding = check(trial)
+        except KeyboardInterrupt:
+            if not columns['seen']:
+                raise
+            log.warning('interrupted; the report holds the %d checks that were made', len(columns['seen']))
+            break
         cost = [(rows[kind] - before[kind]) / len(trial.data) for kind in ('forward', 'backward')]
         for column, value in zip(columns.values(), (finding.verdict, finding.seen, finding.advice, *cost), strict=True):
             column.append(value)
@@ -413,7 +437,7 @@ def _report(trial: Trial, checks: list[str], columns: dict[str, list], settings:
     "The result object."
     import xarray as xr
     variables = {name: ('check', values) for name, values in columns.items()}
-    names, eps = zip(*trial.known, strict=True)
+    names, eps, _ = zip(*trial.known, strict=True)
     variables['correct'] = ('case', 'sample'), ~np.stack(list(trial.known.values()))
     coords = {'check': checks, 'attack': ('case', list(names)), 'eps': ('case', list(eps)),
               'sample': trial.data.ids.cpu().numpy()}
@@ -454,4 +478,4 @@ def check_masking(
         settings = {'attack': attack.settings, 'samples': len(data), 'right': len(trial.data), 'seed': seed,
                     'passes of the attack': {kind: count / len(trial.data) for kind, count in rows.items()}}
         columns = _held(trial, checks, rows, show_progress)
-    return _report(trial, list(checks), columns, settings)
+    return _report(trial, list(checks)[:len(columns['seen'])], columns, settings)

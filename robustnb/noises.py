@@ -7,12 +7,14 @@ __all__ = ['Perturbation', 'Noise', 'PixelNoise', 'Gaussian', 'Uniform', 'Speckl
            'Blur', 'perturb', 'settings_of', 'named', 'Matched', 'matched']
 
 # %% ../nbs/19_noises.ipynb #fdc0fc50
+import dis
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from math import inf, isfinite, log2, nan
 from numbers import Real
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import ClassVar
 
 import numpy as np
@@ -295,52 +297,108 @@ def perturb(
 
 
 # %% ../nbs/19_noises.ipynb #a947c74f
-def _fingerprint(data: bytes) -> str:
+def _fingerprint(data) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
-def _code(code) -> list:
-    "What compiled code does, without addresses or line numbers."
-    constants = [_code(c) if hasattr(c, 'co_code') else repr(c) for c in code.co_consts]
-    return [code.co_code.hex(), constants, list(code.co_names)]
+def _constants(code) -> list:
+    "The constants of compiled code, without addresses, line numbers or an order that changes from run to run."
+    return [_code(c) if isinstance(c, CodeType) else sorted(map(repr, c)) if isinstance(c, frozenset) else repr(c)
+            for c in code.co_consts]
 
-def _plain_setting(value):
-    "A setting as None, bool, number, word, list or dict."
+def _code(code) -> list:
+    "What compiled code does."
+    return [code.co_code.hex(), _constants(code), list(code.co_names)]
+
+def _names_read(code) -> set[str]:
+    "The global names that compiled code reads, also inside the functions that it makes."
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    return own.union(*(_names_read(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+def _with_all_it_reads(function) -> tuple[list, dict]:
+    "A function with the functions of the same file that it calls, and the global values that they read, by name."
+    functions, values = [function], {}
+    plain = bool | int | float | str | tuple | np.ndarray | Tensor | nn.Module | Perturbation
+    for one in functions:  # grows on the way
+        for name in sorted(_names_read(one.__code__) & one.__globals__.keys()):
+            value = one.__globals__[name]
+            if isinstance(value, plain):
+                values[name] = value
+            elif isinstance(value, FunctionType) and value.__module__ == one.__module__ and value not in functions:
+                functions.append(value)
+    return functions, values
+
+# %% ../nbs/19_noises.ipynb #7fff01a5
+def _settings_of_function(function, above: tuple) -> dict:
+    "A function by its name and the fingerprint of its code, its defaults and all that it reads."
+    functions, values = _with_all_it_reads(function)
+    above, known = (*above, *functions), []
+    for one in functions:
+        cells = [None if c == CellType() else c.cell_contents for c in one.__closure__ or ()]
+        known += _code(one.__code__), _plain_setting([one.__defaults__, one.__kwdefaults__, cells], above)
+    known = repr([*known, _plain_setting(values, above)])
+    return {'function': f'{function.__module__}.{function.__qualname__}', 'code': _fingerprint(known.encode())}
+
+def _code_of_class(kind: type, above: tuple) -> dict:
+    "The fingerprint of the methods of a class that is not of this package."
+    known = 'torch', __name__.partition('.')[0]
+    foreign = [one for one in kind.__mro__[:-1] if one.__module__.partition('.')[0] not in known]
+    methods = [_settings_of_function(f, above) for one in foreign for name, f in vars(one).items()
+               if isinstance(f, FunctionType) and (name == '__call__' or not name.startswith('__'))]
+    return {'code': _fingerprint(repr(methods).encode())} if methods else {}
+
+# %% ../nbs/19_noises.ipynb #d6e7057f
+def _plain_setting(value, above: tuple = ()):
+    "A setting as None, bool, number, word, list or dict; `above` are the values that it is a part of."
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if isfinite(value) else str(value)
+    if any(value is one for one in above):  # a function that calls itself, a list inside itself
+        return f'the {getattr(value, "__qualname__", type(value).__name__)} around it'
+    above = (*above, value)
     if isinstance(value, nn.Module):
         known = f'{value!r}{_plain_setting(value.state_dict())}'
         return {'module': type(value).__qualname__, 'values': _fingerprint(known.encode())}
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'biufc'):
         values = torch.as_tensor(value).detach().cpu().contiguous()
-        data = values.view(torch.uint8).numpy().tobytes() if values.dim() else repr(values.item()).encode()
+        data = values.view(torch.uint8).numpy() if values.dim() else repr(values.item()).encode()
         return {'tensor': [*values.shape], 'dtype': str(values.dtype), 'values': _fingerprint(data)}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain_setting(value.tolist(), above)
     if isinstance(value, Mapping):
-        return {str(key): _plain_setting(v) for key, v in value.items()}
+        return {str(key): _plain_setting(v, above) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain_setting(v) for v in value]
-    return settings_of(value) if callable(value) or is_dataclass(value) else repr(value)
+        return [_plain_setting(v, above) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, type):
+        return f'{value.__module__}.{value.__qualname__}'
+    return _settings(value, above) if callable(value) or is_dataclass(value) else repr(value)
 
-# %% ../nbs/19_noises.ipynb #7fff01a5
+# %% ../nbs/19_noises.ipynb #1ec57460
+def _settings(of, above: tuple) -> dict:
+    "The settings of a dataclass, a function, a method or any other object that can be called."
+    if is_dataclass(of):
+        values = {f.name: _plain_setting(getattr(of, f.name), above) for f in fields(of)}
+        return {'kind': type(of).__name__} | values | _code_of_class(type(of), above)
+    if isinstance(of, partial):
+        return {'partial': _plain_setting(of.func, above), 'arguments': _plain_setting(of.args, above),
+                'keywords': _plain_setting(of.keywords, above)}
+    if isinstance(of, MethodType):
+        return _settings_of_function(of.__func__, above) | {'of': _settings(of.__self__, (*above, of.__self__))}
+    if isinstance(of, FunctionType):
+        return _settings_of_function(of, above)
+    if hasattr(of, '__qualname__'):  # built in
+        return {'function': f'{of.__module__}.{of.__qualname__}'}
+    name, state = f'{type(of).__module__}.{type(of).__qualname__}', _plain_setting(getattr(of, '__dict__', {}), above)
+    return {'function': name, 'state': state} | _code_of_class(type(of), above)
+
+# %% ../nbs/19_noises.ipynb #8f13bcfa
 def settings_of(
     perturbation,  # a `Perturbation`, or a function (model, x, y) -> x_pert
 ) -> dict:  # of plain values, as `Records` and `Result` take them
     "What a perturbation is and how it is set, for a record of what was done."
-    if is_dataclass(perturbation) and not isinstance(perturbation, type):
-        return {'kind': type(perturbation).__name__} | {
-            f.name: _plain_setting(getattr(perturbation, f.name)) for f in fields(perturbation)}
-    if isinstance(perturbation, partial):
-        return {'partial': settings_of(perturbation.func), 'arguments': _plain_setting(perturbation.args),
-                'keywords': _plain_setting(perturbation.keywords)}
-    name = f'{getattr(perturbation, "__module__", "")}.{getattr(perturbation, "__qualname__", repr(perturbation))}'
-    if not hasattr(perturbation, '__code__'):
-        about = type(perturbation)
-        state = _plain_setting(getattr(perturbation, '__dict__', name))
-        return {'function': f'{about.__module__}.{about.__qualname__}', 'state': state}
-    cells = [c.cell_contents for c in perturbation.__closure__ or () if c.cell_contents is not perturbation]
-    known = [_code(perturbation.__code__), _plain_setting(perturbation.__defaults__), _plain_setting(cells)]
-    return {'function': name, 'code': _fingerprint(repr(known).encode())}
+    return _settings(perturbation, (perturbation,))
 
 # %% ../nbs/19_noises.ipynb #1fe5e1ad
 def _names(several: list) -> list[str]:
@@ -437,6 +495,6 @@ def matched(
         raise TypeError(f'the second argument is an attack such as PGD(0.1) or a function (model, x, y), got {attack!r}')
     given = [p.bounds for p in (noise, attack) if isinstance(p, Perturbation)]
     chosen = [bounds for bounds in given if not _unsaid(bounds)] or given
-    if any(bounds != chosen[0] for bounds in chosen):
+    if any(_plain_setting(bounds) != _plain_setting(chosen[0]) for bounds in chosen):  # a tensor has no plain ==
         raise ValueError(f'the noise has the bounds {chosen[0]} and the attack {chosen[1]}; give both the same')
     return Matched(noise, attack, bounds=chosen[0], seed=noise.seed)

@@ -54,7 +54,7 @@ class _Trail:
 
     def __init__(self, problem: Problem):
         self.problem, self.points, self.logits, self.loss, self.wrong = problem, [], [], [], []
-        problem.listen = self.note
+        problem.listen, problem.fixed_shape = self.note, True  # each question is about all samples, also where some are done
 
     def note(self, x: Tensor, logits: Tensor) -> None:
         "What the problem calls for each question."
@@ -182,7 +182,7 @@ def _followable(attack) -> Attack:
     if not isinstance(attack, Attack):
         several = '. Trace its members one by one' if hasattr(attack, 'attacks') else ''
         raise TypeError(f'only an attack of robustnb.attacks has a path, such as FGSM, PGD or APGD; got {attack!r}{several}')
-    return replace(attack, keep_going=True)
+    return attack if attack.minimal else replace(attack, keep_going=True)
 
 # %% ../nbs/27_paths.ipynb #2ea67b08
 def trace(
@@ -204,6 +204,11 @@ def trace(
             data = _as_dataset(problem, trail, returned, problem.logits(problem.x), classes)
     about = {'attack': attack.name, 'norm': type(attack.norm).__name__, 'passes': passes, 'settings': attack.settings}
     return AttackPath(data, about)
+
+# %% ../nbs/27_paths.ipynb #29ed7171
+def _percent(share: float) -> str:
+    "A share as a percentage, with a decimal where there would be nothing else to see."
+    return f'{share:.1%}' if 0.0005 <= share < 0.01 else f'{share:.0%}'
 
 # %% ../nbs/27_paths.ipynb #529ccfe8
 @dataclass
@@ -227,10 +232,15 @@ class _View:
         self.rival = ranked[0]  # the class that ends up first among the wrong ones
         self.colors = {c: '#C4C4C4' for c in ranked} | {self.label: COLORS[0], self.rival: COLORS[1]}
 
+    def name(self, c: int, width: int = 11) -> str:
+        "A class, in few letters, and if that is possible in such that tell the true class from its rival."
+        name = _short([self.names[c], self.names[self.label], self.names[self.rival]], width)[0]
+        return name if len(name) <= width else f'{name[:width - 1]}…'
+
     def read(self, logits: np.ndarray) -> str:
         "What the network sees, in words, and how sure it is."
         sure = _softmax(logits)
-        return f'{_short([self.names[sure.argmax()]], 14)[0]} ({sure.max():.0%})'
+        return f'{self.name(sure.argmax())} ({_percent(sure.max())})'
 
     def ink(self, logits: np.ndarray | None) -> str:
         "The colour of words about what the network sees."
@@ -259,9 +269,9 @@ def _magnifier(change: np.ndarray, span: float) -> float:
 # %% ../nbs/27_paths.ipynb #4dd66279
 _SHEETS = {  # name of a layout -> size of the sheet, and left, bottom, width and height of each panel, in inches
     'image': ((7.5, 5.7), {'clean': (0.1, 2.85, 2.3, 2.25), 'shown': (2.6, 2.85, 2.3, 2.25), 'change': (5.1, 2.85, 2.3, 2.25),
-                           'logits': (0.62, 0.55, 3.7, 1.7), 'loss': (5.75, 0.55, 1.62, 1.7)}),
-    'values': ((7.5, 5.2), {'shown': (0.62, 2.95, 3.2, 1.65), 'change': (4.35, 2.95, 3.02, 1.65),
-                            'logits': (0.62, 0.55, 3.7, 1.65), 'loss': (5.75, 0.55, 1.62, 1.65)}),
+                           'logits': (0.62, 0.55, 3.4, 1.7), 'loss': (5.75, 0.55, 1.62, 1.7)}),
+    'values': ((7.5, 5.2), {'shown': (0.62, 2.95, 3.0, 1.65), 'change': (4.4, 2.95, 2.97, 1.65),
+                            'logits': (0.62, 0.55, 3.4, 1.65), 'loss': (5.75, 0.55, 1.62, 1.65)}),
     'plane': ((7.5, 4.85), {'plane': (0.65, 0.55, 3.5, 3.6), 'logits': (4.8, 2.85, 1.5, 1.3), 'loss': (4.8, 0.55, 1.5, 1.3)}),
 }
 
@@ -274,8 +284,8 @@ def _sheet(name: str) -> tuple[Picture, dict[str, Axes]]:
 
 # %% ../nbs/27_paths.ipynb #4827075d
 def _layout(shape: tuple[int, ...]) -> str:
-    "Which layout fits a sample of this shape."
-    image = len(shape) == 2 or len(shape) == 3 and shape[0] in (1, 3)
+    "Which layout fits a sample of this shape; a few long rows are signals and not an image."
+    image = (len(shape) == 2 or len(shape) == 3 and shape[0] in (1, 3)) and max(shape[-2:]) <= 8 * min(shape[-2:])
     return 'image' if image else 'plane' if shape == (2,) else 'values'
 
 # %% ../nbs/27_paths.ipynb #611733d3
@@ -401,8 +411,8 @@ def _draw_logits(ax: Axes, view: _View) -> None:
         _percent_axis(ax, None)
     elif view.ends:
         ax.set_ylim(view.ends)
-    true, other = _short([view.names[c] for c in (view.label, view.rival)], 13)
-    names = {true + ' (true)' * (len(true) < 7): view.label, other: view.rival}
+    true, other = view.name(view.label, 13), view.name(view.rival, 13)
+    names = {true + ' (true)' * (len(true) < 7 or true == other): view.label, other: view.rival}
     _name_ends(ax, {name: lines[-1, c] for name, c in names.items()}, {name: view.colors[c] for name, c in names.items()})
     ax.set_title('probabilities' if view.probabilities else 'logits', fontsize=10.5, pad=6)
 
@@ -441,24 +451,9 @@ def _strengths(eps, norms: dict[str, Norm], x: Tensor, bounds) -> dict[str, list
                  for name, norm in norms.items()}
     if set(found) != set(norms) or len({len(values) for values in found.values()}) > 1 or not all(found.values()):
         raise ValueError(f'eps takes a list, or one for each of {", ".join(norms)} of equal lengths; got {eps!r}')
+    if any(len(set(values)) < len(values) for values in found.values()):
+        raise ValueError(f'the strengths of a norm must differ, got {found}')
     return found
-
-# %% ../nbs/27_paths.ipynb #2982d136
-class _Strength(float):
-    "A number that is written together with what corresponds to it in other norms."
-    words = ''
-
-    def __format__(self, spec: str) -> str:
-        return self.words
-
-# %% ../nbs/27_paths.ipynb #6d5b7f63
-def _slider_values(strengths: dict[str, list[float]]) -> list[float]:
-    "What the slider of strengths stands on."
-    values = []
-    for several in zip(*strengths.values(), strict=True):
-        values.append(_Strength(several[0]))
-        values[-1].words = ' | '.join(f'{e:.4g}' for e in several)
-    return values
 
 # %% ../nbs/27_paths.ipynb #4ecfd40b
 _ROOM = 15_000_000  # bytes for the changes of all paths
@@ -493,11 +488,21 @@ def _kept(points: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(points - 1, 0, max(1, min(points, most))).round().astype(int))
 
 # %% ../nbs/27_paths.ipynb #80b7146e
+def _points_kept(size: int, strengths: int, attacks: int, norms: int) -> int:
+    "How many changes of `size` bytes each path can keep; an error if it is none, before anything is computed."
+    all_paths = size * strengths * attacks * norms
+    if all_paths > _ROOM:
+        raise ValueError(f'{strengths} strengths of {attacks} attacks in {norms} norms take {all_paths / 1e6:.0f} MB for inputs '
+                         f'of this size, and {_ROOM / 1e6:.0f} MB are kept: explore fewer, such as explore(model, x, y, PGD(), '
+                         'eps=[2 / 255, 4 / 255, 8 / 255], norms=[Linf()])')
+    return _ROOM // all_paths
+
+# %% ../nbs/27_paths.ipynb #1872d101
 def _make_bundle(attacks: dict[str, Attack], norms: dict[str, Norm], strengths: dict[str, list[float]], model: nn.Module,
                  x: Tensor, y: Tensor, sample: int, classes, show_progress: bool) -> _Paths:
     "Attack one image at every strength: all of them in one batch, with the same noise."
     n, like = len(next(iter(strengths.values()))), (-1, *(1,) * (x.dim() - 1))
-    most = _ROOM // (2 * x.numel() * n * len(attacks) * len(norms))
+    most = _points_kept(2 * x.numel(), n, len(attacks), len(norms))
     kind = torch.promote_types(x.dtype, torch.float32)
     bundle = _Paths(_cpu(x.to(kind))[0], strengths, {}, {}, {})
     several, labels, ids = x.repeat(n, *(1,) * (x.dim() - 1)), y.repeat(n), torch.full((n,), sample)
@@ -525,8 +530,10 @@ def _view_at(bundle: _Paths, attack: str, norm: str, eps: float, point: int, pro
     view = _View(data, bundle.x, int(places[kept]), bundle.x + bundle.changes[pair][kept, row].astype(bundle.x.dtype),
                  data['track'].values if 'track' in data else None, whole['loss'].values,
                  (logits.min() - room, logits.max() + room), probabilities)
-    end, names = int(view.logits[view.returned].argmax()), _short(view.names, 16)
-    read = f'read as {names[end]}, not {names[view.label]}' if end != view.label else f'still read as {names[end]}'
+    end = int(view.logits[view.returned].argmax())
+    read = f'still read as {view.name(end, 16)}'
+    if end != view.label:
+        read = f'read as {view.name(end, 16)}, not {view.name(view.label, 16)}'
     view.title = f'{attack}, {norm}, eps = {bundle.strengths[norm][row]:g}: {read}'
     return view
 
@@ -536,12 +543,12 @@ def _describe(bundle: _Paths, attack: str, norm: str, eps: float, point: int, pr
     view = _view_at(bundle, attack, norm, eps, point, probabilities)
     at, sure, names = view.point, _softmax(view.logits[view.point]), view.names
     data, row = view.data, bundle.first_success(attack, norm)
-    truth = '' if sure.argmax() == view.label else f'; the true class {names[view.label]} has {sure[view.label]:.0%}'
+    truth = '' if sure.argmax() == view.label else f'; the true class {names[view.label]} has {_percent(sure[view.label])}'
     elsewhere = '' if at == view.returned else f' The attack returns point {view.returned} (the ring at the loss).'
     over_all = (f'{attack} in {norm} does not succeed at any of these strengths.' if row is None else
                 f'The smallest of these strengths at which {attack} in {norm} succeeds is {bundle.strengths[norm][row]:g}.')
-    return (f'Point {at} of {len(view.logits) - 1}: read as {names[sure.argmax()]} with {sure.max():.0%}{truth}. Size of the '
-            f'change {float(data["size"].values[at]):.3g}, loss {float(data["loss"].values[at]):.3g}.{elsewhere}\n{over_all}')
+    return (f'Point {at} of {len(view.logits) - 1}: read as {names[sure.argmax()]} with {_percent(sure.max())}{truth}. Size of '
+            f'the change {float(data["size"].values[at]):.3g}, loss {float(data["loss"].values[at]):.3g}.{elsewhere}\n{over_all}')
 
 # %% ../nbs/27_paths.ipynb #4294f03c
 def _one_sample(x: Tensor, y) -> tuple[Tensor, Tensor]:
@@ -553,6 +560,14 @@ def _one_sample(x: Tensor, y) -> tuple[Tensor, Tensor]:
         raise ValueError(f'the explorer shows one sample: x[:1] and y[:1], or x[0] and y[0]; got {len(x)} samples and labels of '
                          f'shape {tuple(y.shape)}')
     return x, y
+
+# %% ../nbs/27_paths.ipynb #ff80bbee
+def _norms_by_name(norms: Sequence[Norm]) -> dict[str, Norm]:
+    "Norms by the names of their shapes."
+    names = [type(norm).__name__ for norm in norms]
+    if not names or len(set(names)) < len(names) or not all(isinstance(norm, Norm) for norm in norms):
+        raise ValueError(f'norms are one of each shape at most, such as [Linf(), L2()], got {norms!r}')
+    return dict(zip(names, norms, strict=True))
 
 # %% ../nbs/27_paths.ipynb #6a77499c
 def _attacks_by_name(attacks, bounds) -> dict[str, Attack]:
@@ -582,17 +597,18 @@ def explore(
     show_progress: bool = True,  # one bar over attacks and norms
 ) -> Explorer:
     "An explorer of attacks on one sample: attack, norm, strength, and where on the path we look."
-    (x, y), norms = _one_sample(x, y), {type(norm).__name__: norm for norm in norms}
+    (x, y), norms = _one_sample(x, y), _norms_by_name(norms)
     attacks, strengths = _attacks_by_name(attacks, bounds), _strengths(eps, norms, x, bounds)
     model = model if logits is None else Logits(model, logits)
     bundle = _make_bundle(attacks, norms, strengths, model, x, y, sample, classes, show_progress)
-    attack, norm, values = list(attacks)[min(1, len(attacks) - 1)], next(iter(norms)), _slider_values(strengths)
+    attack, norm, values = list(attacks)[min(1, len(attacks) - 1)], next(iter(norms)), next(iter(strengths.values()))
+    readout = [' | '.join(f'{e:.4g}' for e in several) for several in zip(*strengths.values(), strict=True)]
     first = bundle.first_success(attack, norm)
     controls = [
         Choice('attack', list(attacks), attack),
         Choice('norm', list(norms)),
         Toggle('probabilities'),
-        Slider('eps', values, values[-1 if first is None else first], f'eps ({" | ".join(norms)})'),
+        Slider('eps', values, values[-1 if first is None else first], f'eps ({" | ".join(norms)})', readout),
         Slider('point', range(bundle.points), bundle.points - 1, 'point on the path'),
     ]
     return Explorer(controls, lambda **state: _draw(_view_at(bundle, **state)), lambda **state: _describe(bundle, **state),

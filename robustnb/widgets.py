@@ -53,6 +53,10 @@ class _Control:
     def words(self) -> str:
         return self.name.replace('_', ' ') if self.label is None else self.label
 
+    @property
+    def texts(self) -> list[str]:
+        return [_text(choice) for choice in self.choices]
+
     def position(self, value: Any) -> int:
         for i, choice in enumerate(self.choices):
             if _same(choice, value):
@@ -82,11 +86,22 @@ class Slider(_Control):
     values: Sequence  # where the slider can stand
     value: Any = None  # where it stands at first; None for the first value
     label: str | None = None  # words beside the slider; None for the name
+    readout: Sequence[str] | None = None  # how each value is written; None for the values themselves
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.texts) != len(self.choices):
+            raise ValueError(f'{self.name} has {len(self.choices)} values, and a readout for {len(self.texts)}')
 
     @property
     def choices(self) -> list:
         "All values, in order."
         return _plain(self.values)
+
+    @property
+    def texts(self) -> list[str]:
+        "What is written beside the slider, for each value."
+        return super().texts if self.readout is None else list(self.readout)
 
 # %% ../nbs/12_widgets.ipynb #d2a8c2c4
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ def _control_widget(control: _Control, on_change: Callable):
     else:
         kind = ipywidgets.SelectionSlider if isinstance(control, Slider) else ipywidgets.Dropdown
         wait = {'continuous_update': False} if isinstance(control, Slider) else {}
-        options = [(_text(choice), i) for i, choice in enumerate(control.choices)]
+        options = [(text, i) for i, text in enumerate(control.texts)]
         widget = kind(options=options, value=control.position(control.start), **common, **wait)
     width = '22em' if isinstance(control, Slider) else 'auto'
     widget.layout = ipywidgets.Layout(width=width, max_width='98%', margin='0 1.5em 0.3em 0')

@@ -404,6 +404,9 @@ def test_the_smallest_change(net, batch, caplog):
     assert torch.equal(counted.x_adv[6:], x[6:])
     with pytest.raises(ValueError, match='say which, bounds'):
         Torchattacks(Smallest, bounds=None)(net, x, y)
+    anyhow = Foolbox(FoolboxLike())
+    assert anyhow.minimal and not anyhow.at(0.1).minimal and anyhow.run(net, x, y).size.max() > 0.29
+    assert Own(lambda x: x + 0.1).run(net, x, y).size.max() > 0.09, 'one of your own, without a strength'
 
 
 @dataclass(frozen=True)
@@ -476,6 +479,17 @@ def test_norms_are_read_from_the_attack():
     assert isinstance(Torchattacks(type('PGDL2', (Rude,), {}), 0.1).norm, L2)
     assert isinstance(Torchattacks(type('CW', (Smallest,), {})).norm, L2)
     assert isinstance(Torchattacks(Rude, 0.1, norm=L2()).norm, L2)
+    orders = {
+        'Linf()': ('CarliniLInfMethod', 'FeatureAdversariesPyTorch', 'CompositeAdversarialAttackPyTorch', 'PIFGSM', 'Square'),
+        'L2()': ('ZooAttack', 'SimBA', 'HopSkipJump', 'SignOPTAttack', 'CarliniL2Method', 'VirtualAdversarialMethod', 'PGDL2'),
+        'L1': ('EADEN', 'EADL1', 'ElasticNet'),
+        'L0': ('SparseFool', 'PixelAttack', 'OnePixel', 'JSMA', 'SaliencyMapMethod', 'Pixle', 'CarliniL0Method'),
+    }
+    for norm, names in orders.items():
+        assert {repr(Torchattacks(type(name, (Smallest,), {})).norm) for name in names} == {norm}, names
+    with pytest.raises(ValueError, match="measures by 'wasserstein', .* such as norm=L2"):
+        ART(ArtLike, 0.1, dict(norm='wasserstein'))
+    assert isinstance(ART(ArtLike, 0.1, dict(norm='wasserstein'), norm=L2()).norm, L2)
     assert isinstance(_norm('Linf'), Linf) and isinstance(_norm('inf'), Linf) and isinstance(_norm('L2'), L2)
     assert float(_norm(0).size(torch.tensor([[0.0, 3.0, -1.0]]))) == 2
 

@@ -676,3 +676,297 @@ def test_the_default_bounds_give_way_to_those_of_the_data_and_given_ones_do_not(
     assert named(PGD(), bounds=None)['PGD-40'].bounds is None
     assert named(PGD(bounds=(0.0, 1.0)), bounds=None)['PGD-40'].bounds == (0.0, 1.0)
     assert named(PGD().at(0.2), bounds=(-1, 1))['PGD-40'].bounds == (-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ what a review found
+
+
+def test_l2_starts_fill_the_ball_of_what_may_change():
+    x, ids = torch.zeros(3000, 50), torch.arange(3000)
+    scale = torch.zeros(50)
+    scale[[3, 7]] = torch.tensor([1.0, 0.5])
+    norm = L2(scale=scale).on(x)
+    start = norm.start(x, 2.0, ids, seed=0, restart=0)
+    assert (start[:, scale == 0] == 0).all()
+    radius = norm.size(start) / 2
+    assert radius.max() <= 1 + 1e-6
+    assert ((radius**2).sort().values - torch.linspace(0, 1, 3000)).abs().max() < 0.04, 'two dimensions, uniform in area'
+
+
+@pytest.mark.parametrize('eps', [0.05, 1.0])
+def test_l2_steps_in_a_scaled_ball_are_the_steepest(eps):
+    "In coordinates divided by the scale the ball is round, and there the step is the plain one."
+    scale, gradient = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([[1.0, -2.0, 0.5]])
+    step = L2(scale=scale).ascend(torch.zeros(1, 3), gradient, eps)
+    plain = L2().ascend(torch.zeros(1, 3), scale * gradient, eps)
+    assert torch.allclose(step / scale, plain, atol=1e-6)
+    assert L2(scale=scale).size(step).item() == pytest.approx(eps, rel=1e-5)
+    assert (step * gradient).sum().item() == pytest.approx(eps * L2(scale=scale).dual(gradient).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('shape', [Linf, L2])
+def test_a_gradient_that_is_not_finite_does_not_lead_astray(shape):
+    gradient = torch.full((1, 67), 1.0)
+    gradient[0, :3] = torch.tensor([float('nan'), float('inf'), -float('inf')])
+    x_adv = shape().ascend(torch.zeros(1, 67), gradient, 1.0)
+    assert x_adv.isfinite().all() and x_adv[0, 0] == 0 and x_adv[0, 1] > 0 > x_adv[0, 2]
+
+
+class Deaf(nn.Module):
+    "Looks at a copy of its input that has no gradient, though its parameters have one."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.detach())
+
+
+def test_an_input_that_the_graph_does_not_reach_is_named(net, batch):
+    with pytest.raises(ValueError, match='not differentiable'):
+        PGD()(Deaf(net), *batch)
+
+
+@pytest.mark.parametrize('wrong', [9, -1, -100, torch.tensor(4), lambda logits, y: 0 * y + 7, lambda logits, y: y[:3]])
+@pytest.mark.parametrize('loss', ['ce', 'margin', 'dlr'])
+def test_targets_that_the_model_does_not_know(wrong, loss, net, batch):
+    with pytest.raises(ValueError, match='the model knows 0 to 3|expected \\(12,\\)'):
+        PGD(steps=2, target=wrong, loss=loss)(net, *batch)
+
+
+def test_targets_of_other_kinds(net, batch):
+    import numpy as np
+
+    x, y = batch
+    plain = PGD(steps=2, target=2)(net, x, y)
+    for same in (np.int64(2), torch.tensor(2), torch.full((12,), 2)):
+        assert torch.equal(PGD(steps=2, target=same)(net, x, y), plain)
+    assert PGD(target=torch.full((12,), 2))(net, x[:0], y[:0]).shape == (0, 1, 8, 8)
+    for wrong in (2.0, [2] * 12):
+        with pytest.raises(TypeError, match='target takes'):
+            PGD(target=wrong)
+
+
+@pytest.mark.parametrize('attack', [
+    PGD(0.3, steps=5, target=2), PGD(0.3, steps=3, restarts=2, target=2), PGD(0.3, steps=5, target=2, keep_going=False),
+    APGD(0.3, steps=5, target=2),
+], ids=repr)
+def test_the_loss_is_that_of_the_inputs_that_come_back(attack, net, batch):
+    x, y = batch
+    result = attack.run(net, x, y)
+    with torch.no_grad():
+        logits = net.eval()(result.x_adv)
+    assert torch.allclose(result.loss, -F.cross_entropy(logits, torch.full_like(y, 2), reduction='none'), atol=1e-5)
+    assert torch.equal(result.success, (logits.argmax(1) == 2) & (y != 2)) and (y == 2).any()
+
+
+def test_an_attack_that_returns_nan_is_judged_on_what_comes_back(net, batch):
+    from dataclasses import dataclass
+
+    from robustnb.attacks import Attack
+
+    @dataclass(frozen=True)
+    class Broken(Attack):
+        eps: float = 0.1
+
+        def search(self, problem):
+            return problem.x + torch.tensor(float('nan')), None
+
+    x = batch[0]
+    y = net.eval()(x).argmax(1)
+    result = Broken().run(net, x, y)
+    assert torch.equal(result.x_adv, x) and not result.success.any() and result.loss.isfinite().all()
+
+
+def test_infinite_losses_are_not_taken_for_nan(caplog, net, batch):
+    def extreme(logits, y):
+        return logits.sum(1) + torch.where(torch.arange(len(y)) % 2 == 0, float('inf'), -float('inf'))
+
+    assert 'NaN' not in told(caplog, lambda: PGD(0.1, steps=2, loss=extreme)(net, *batch))
+
+
+@pytest.mark.parametrize('make', [FGSM, PGD, APGD])
+def test_an_eps_without_end_is_refused(make):
+    with pytest.raises(ValueError, match='finite'):
+        make(float('inf'))
+    with pytest.raises(ValueError, match='finite'):
+        make(norm=L2(scale=float('inf')))
+
+
+def test_a_scale_shows_in_the_name():
+    assert PGD(norm=L2(scale=torch.ones(3))).name == 'PGD-40 L2 scaled' and FGSM(norm=Linf(scale=0.5)).name == 'FGSM scaled'
+    assert PGD(norm=L2()).name == 'PGD-40 L2' and PGD(norm=Linf(scale=1)).name == 'PGD-40'
+
+
+def test_outputs_that_no_verdict_fits_are_named(net, batch):
+    x, y = batch
+    with pytest.raises(ValueError, match=r'output of shape \(12, 4, 8, 8\)'):
+        FGSM()(nn.Conv2d(1, 4, 1), x, y)
+    with pytest.raises(ValueError, match=r'output of shape \(768, 4\) for 12 samples'):
+        FGSM(loss=lambda logits, y: logits.sum(1))(nn.Sequential(nn.Flatten(), nn.Unflatten(1, (64, 1)), nn.Flatten(0, 1),
+                                                                 nn.Linear(1, 4)), x, y)
+
+
+def test_a_model_that_writes_into_its_inputs_is_named(net, batch):
+    class Greedy(nn.Module):
+        def forward(self, x):
+            x -= 0.5
+            return net(x)
+
+    with pytest.raises(ValueError, match='writes into its inputs'):
+        WorstOf([FGSM()])(Greedy(), *batch)
+
+
+@pytest.mark.parametrize(('x_type', 'net_type'), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize('attack', [a for a in ATTACKS if not getattr(a, 'keep_going', True) or isinstance(a, WorstOf)], ids=repr)
+def test_stopping_with_a_model_of_another_precision(attack, x_type, net_type, net, batch):
+    import copy
+
+    x, y = batch
+    result = attack.run(copy.deepcopy(net).to(net_type), x.to(x_type), y)
+    assert result.x_adv.dtype == x_type and torch.equal(result.success, attack.run(net, x, y).success)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_verdict_after_rounding_is_that_of_the_rounded(dtype, net, batch):
+    import copy
+
+    x, y, coarse = batch[0].to(dtype), batch[1], copy.deepcopy(net).to(dtype).eval()
+    several = WorstOf([FGSM(0.03), PGD(0.3, norm=L2())])
+    for attack in (PGD(0.03, steps=5, keep_going=False), APGD(0.03, steps=5, restarts=2), several):
+        result = attack.run(coarse, x, y)
+        with torch.no_grad():
+            assert torch.equal(result.success, coarse(result.x_adv).argmax(1) != y)
+        exact = norm_of(attack).size(result.x_adv.float() - x.float())
+        assert torch.equal(result.size, exact), 'sizes are in single precision'
+
+
+def test_worst_of_takes_the_bounds_of_its_members(net, batch):
+    x, y = 3 * batch[0] - 1, batch[1]
+    several = WorstOf([PGD(0.1, steps=2, bounds=None), FGSM(0.1)])
+    assert several.bounds is None and several(net, x, y).min() < 0
+    assert WorstOf([PGD(0.1, bounds=None)], bounds=(-1, 2)).bounds == (-1, 2)
+    assert WorstOf([FGSM()], bounds=(-1, 2)).run(net, x, y).x_adv.min() >= -1
+
+
+def test_worst_of_with_mixed_norms_targets_and_functions(caplog, net, batch):
+    x, y = batch
+
+    def doubled(model, x, y):
+        return x.double() + 0.5
+
+    several = WorstOf([PGD(0.3, norm=L2(), target='least likely'), PGD(0.02, steps=3), doubled])
+    found = []
+    assert 'leaves the range' in told(caplog, lambda: found.append(several.run(net, x, y)))
+    with torch.no_grad():
+        assert torch.equal(found[0].success, net.eval()(found[0].x_adv).argmax(1) != y) and found[0].x_adv.dtype == x.dtype
+    assert torch.allclose(found[0].size, (found[0].x_adv - x).flatten(1).norm(dim=1)), "in the first attack's norm"
+    for eps in (WorstOf, lambda members: WorstOf(members, eps=torch.full((12, 1, 1, 1), 0.1))):
+        with pytest.raises(ValueError, match='one number'):
+            eps([PGD(torch.full((12, 1, 1, 1), 0.1))])
+
+
+@pytest.mark.parametrize('output', [lambda o: (o, o[:1]), lambda o: {'features': o[:, :2], 'logits': o}, lambda o: [o]])
+def test_worst_of_counts_models_with_other_outputs(output, net, batch):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return output(self.net(x))
+
+    members = [PGD(0.05, steps=2), FGSM(0.05)]
+    assert WorstOf(members).run(Wrapped(), *batch).passes == WorstOf(members).run(net, *batch).passes
+
+
+def test_a_step_grows_with_a_strength_for_each_sample(net, batch):
+    each = torch.linspace(0.1, 0.2, 12).view(-1, 1, 1, 1)
+    assert torch.allclose(PGD(each, step=0.01).at(0.3).step, 0.003 / each)
+    assert PGD(0.1, step=0.0).at(0.3).step == 0 and PGD(0.0, step=0.1).at(0.3).step == 0.1
+
+
+def test_checkpoints_are_those_of_the_paper():
+    "Croce and Hein 2020, equation 4 and below, in exact fractions."
+    import math
+    from fractions import Fraction
+
+    from robustnb.attacks import _checkpoints
+
+    for steps in (1, 2, 7, 30, 50, 100, 250, 1000):
+        p = [Fraction(0), Fraction(22, 100)]
+        while p[-1] < 1:
+            p.append(p[-1] + max(p[-1] - p[-2] - Fraction(3, 100), Fraction(6, 100)))
+        assert _checkpoints(steps) == sorted({math.ceil(share * steps) for share in p[1:-1]})
+
+
+def test_apgd_in_l2_equals_the_literal_form(net, batch):
+    "The steps before the first checkpoint, one sample at a time."
+    import copy
+
+    (x, y), net = batch, copy.deepcopy(net).double().eval()
+    x, eps = x.double(), 0.5
+    start = L2().start(x, eps, torch.arange(12), seed=0, restart=0).clamp(0, 1)
+
+    def project(z, x0):
+        change = z - x0
+        return (x0 + change * min(1.0, eps / float(change.norm()))).clamp(0, 1)
+
+    for i in range(12):
+        x0, now, visited = x[i : i + 1], start[i : i + 1], []
+        old = now
+        for k in range(5):
+            z = now.detach().requires_grad_()
+            logits = net(z)
+            loss = F.cross_entropy(logits, y[i : i + 1])
+            (gradient,) = torch.autograd.grad(loss, z)
+            visited.append(now)
+            z = project(now + 2 * eps * gradient / gradient.norm(), x0)
+            now, old = z if k == 0 else project(now + 0.75 * (z - now) + 0.25 * (now - old), x0), now
+        problem, asked = Problem(APGD(eps, norm=L2()), net, x0, y[i : i + 1], torch.tensor([i])), []
+        problem.listen = lambda point, logits, asked=asked: asked.append(point)
+        APGD(eps, norm=L2(), steps=23).climb(problem)
+        assert all((a - b).abs().max() < 1e-9 for a, b in zip(asked[:5], visited, strict=True))
+
+
+def test_a_step_that_was_just_halved_gets_another_chance():
+    "The second condition of Croce and Hein 2020, section 3.2, holds only if the step did not change at the last look."
+    from robustnb.attacks import _StepSize
+
+    pace, best = _StepSize(torch.ones(1, 1), torch.zeros(1)), torch.zeros(1)
+    for expected in (True, False, True):  # rising three times of four, and never above the best
+        for loss in (-4.0, -3.0, -2.0, -1.0):
+            pace.note(torch.tensor([loss]))
+        assert pace.look(best, 4).item() is expected
+        pace.last = best
+    assert pace.step.item() == 0.25
+
+
+@pytest.mark.parametrize('attack', [PGD(1e-4, steps=3), PGD(1e-4, steps=3, keep_going=False), APGD(1e-4, steps=3)], ids=repr)
+def test_a_success_that_rounding_takes_away_is_none(attack):
+    "At 0.5 the next number of bfloat16 is 0.002 away, so nothing is left of a change of 0.0001."
+    class Line(nn.Module):
+        def forward(self, x):
+            return torch.stack([0 * x[:, 0], x[:, 0] - 0.50005], 1)
+
+    x, y = torch.full((4, 1), 0.5), torch.zeros(4, dtype=torch.long)
+    assert attack.run(Line(), x, y).success.all()
+    result = attack.run(Line(), x.bfloat16(), y)
+    assert torch.equal(result.x_adv, x.bfloat16()) and not result.success.any() and (result.size == 0).all()
+
+
+@pytest.mark.parametrize('norm', [Linf(), L2()])
+def test_each_restart_starts_elsewhere(norm, net, batch):
+    problem = Problem(PGD(0.1, norm=norm), net.eval(), *batch, torch.arange(12))
+    assert not torch.equal(problem.start(0), problem.start(1)) and torch.equal(problem.start(1), problem.start(1))
+
+
+def test_a_targeted_dlr_attack_climbs_the_targeted_form(net, batch):
+    from robustnb.attacks import _dlr_towards
+
+    x, y = batch
+    result = PGD(0.1, steps=3, target=2, loss='dlr').run(net, x, y)
+    with torch.no_grad():
+        expected = _dlr_towards(net.eval()(result.x_adv), y, torch.full_like(y, 2))
+    assert torch.allclose(result.loss, expected, atol=1e-6)

@@ -6,6 +6,7 @@ import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from robustnb.attacks import FGSM, L2, PGD, Attack, AttackResult
+from robustnb.attacks import APGD, FGSM, L2, PGD, Attack, AttackResult, Linf, WorstOf
+from robustnb.blackbox import Transfer
 from robustnb.data import DataSet
 from robustnb.devices import seeded
-from robustnb.evaluation import Evaluation, accuracy, calibrate, evaluate
-from robustnb.noises import Gaussian, Noise, SaltPepper
+from robustnb.evaluation import Evaluation, _mean, accuracy, calibrate, evaluate
+from robustnb.guard import usable
+from robustnb.minimal import CW, DeepFool, Smallest
+from robustnb.noises import Gaussian, Noise, Poisson, SaltPepper
 from robustnb.results import Records
-from robustnb.stats import bootstrap_mean
 
 
 @pytest.fixture(scope='module')
@@ -127,6 +130,37 @@ def test_strengths_are_sorted_and_interruptions_keep_what_is_done(net, data):
     assert evaluate(net, data, impatient, batch_size=10, show_progress=False).table().n[0] == 20
 
 
+def test_interrupted_before_anything_is_done(net, data):
+    def at_once(model, x, y):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(net, data, at_once, show_progress=False)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_broken_samples_are_named_before_anything_is_computed(net, data, value):
+    x, calls = data.x.clone(), []
+    x[33, 0, 2, 2], x[35] = value, value
+
+    def counted(model, x, y):
+        calls.append(1)
+        return x
+
+    for run in (
+        lambda d: evaluate(net, d, counted, batch_size=10, show_progress=False),
+        lambda d: calibrate(FGSM(), net, d, batch_size=10, show_progress=False),
+    ):
+        with pytest.raises(ValueError, match='in 2 of the samples 30 to 39: 33, 35. .*usable'):
+            run(DataSet(x, data.y))
+        assert not calls
+        with pytest.raises(ValueError, match='in 2 of the samples 30 to 39: 33, 35'):
+            run([(x[i : i + 10], data.y[i : i + 10]) for i in range(0, 40, 10)])
+        calls.clear()
+    keep = usable(x)
+    assert evaluate(net, (x[keep], data.y[keep]), FGSM(0.1), show_progress=False).table().n[0] == 38
+
+
 # ------------------------------------------------------------------------------------------------------ several models
 
 
@@ -200,10 +234,11 @@ def test_score_by_hand():
     score = made(rows).rg()
     assert list(score.columns) == ['attack', 'sum', 'mean', 'low', 'high', 'strengths']
     assert np.isclose(score['sum'], 150) and np.isclose(score['mean'], 50) and score.strengths[0] == 3
-    each = bootstrap_mean(np.array([100, 200 / 3, 100 / 3, 0]))
-    assert np.isclose(score.low, each.low) and np.isclose(score.high, each.high)
+    each = np.array([100, 200 / 3, 100 / 3, 0, 0, 100])  # the last two are imagined
+    reach = 1.96 * each.std() / np.sqrt(6)
+    assert np.isclose(score.low, 50 - reach) and np.isclose(score.high, 50 + reach)
     two = made(rows + [[1, 1, 1, 1]] * 3, ['a', 'b']).rg()
-    assert list(two.model) == ['a', 'b'] and np.allclose(two['sum'], [150, 300]) and two.low[1] == two.high[1] == 100
+    assert list(two.model) == ['a', 'b'] and np.allclose(two['sum'], [150, 300]) and two.low[1] < two.high[1] == 100
 
 
 def test_published_score():
@@ -211,6 +246,30 @@ def test_published_score():
     correct = np.arange(10_000) < published[:, None] * 100 - 0.5
     score = made(correct, eps=(0.1, 0.2, 0.3, 0.4, 0.5)).rg()
     assert round(score['sum'][0], 2) == 473.36 and score.low[0] < 473.36 / 6 < score.high[0]
+
+
+def covered(table, truth) -> float:
+    "How often intervals (low, high) hold the truth."
+    return np.mean((table[1] <= truth + 1e-9) & (truth <= table[2] + 1e-9))
+
+
+@pytest.mark.parametrize(
+    ('first', 'second', 'n'), [(0.02, 0.0, 50), (0.03, 0.01, 100), (0.1, 0.1, 200), (0.4, 0.1, 30)]
+)
+def test_intervals_of_differences_hold_what_they_promise(first, second, n):
+    draw = np.random.default_rng(0)
+    values = draw.choice([1.0, -1.0, 0.0], p=[first, second, 1 - first - second], size=(n, 4000))
+    assert covered(_mean(values, (-1, 1)), first - second) > 0.93
+
+
+@pytest.mark.parametrize(('curve', 'n'), [((1.0, 0.99, 0.98), 50), ((0.95, 0.5, 0.1), 100), ((0.03, 0.01, 0.0), 40)])
+def test_intervals_of_scores_hold_what_they_promise(curve, n):
+    level = np.random.default_rng(0).random((n, 4000))
+    values = sum(100.0 * (level < accuracy) for accuracy in curve) / len(curve)
+    found = _mean(values, (0, 100))
+    assert covered(found, 100 * np.mean(curve)) > 0.93
+    assert (found.low >= 0).all() and (found.high <= 100).all()
+    assert ((found.low <= found.value) & (found.value <= found.high)).all()
 
 
 def test_no_score_without_strengths(net, data):
@@ -227,7 +286,8 @@ def test_difference_is_paired():
     a, b = [[1] * 50 + [0] * 50, [1] * 30 + [0] * 70], [[1] * 50 + [0] * 50, [1] * 20 + [0] * 80]
     gap = made([*a, *b], ['a', 'b'], eps=(0.1,)).difference('a', 'b')
     assert list(gap.columns) == ['attack', 'eps', 'difference', 'low', 'high'] and list(gap.attack) == ['clean', 'FGSM']
-    assert gap.iloc[0, 2:].tolist() == [0, 0, 0], 'the same samples are right, so nothing is uncertain'
+    assert gap.difference[0] == 0 and np.isclose(gap.low[0], -gap.high[0]), 'the same samples are right, yet only 100'
+    assert np.isclose(gap.high[0], 1.96 * np.sqrt(2 / 102 / 102))
     assert np.isclose(gap.difference[1], 0.1) and 0.03 < gap.low[1] < gap.high[1] < 0.18
     attacks = made([a[0], a[1], b[1]], eps=(0.1,), names=('FGSM', 'PGD'))
     assert list(attacks.difference('FGSM', 'PGD').columns) == ['eps', 'difference', 'low', 'high']
@@ -308,6 +368,33 @@ def test_what_a_minimal_attack_claims_is_not_believed(line, plane, distance):
     assert table.accuracy[1] == table.accuracy[0] == np.mean(distance > 0)
 
 
+MINIMAL = [DeepFool(), DeepFool(norm=L2()), DeepFool(target=1), CW(steps=20, searches=3), Smallest(PGD(steps=5))]
+
+
+@pytest.mark.parametrize('attack', MINIMAL, ids=lambda attack: attack.name)
+def test_the_minimal_attacks_that_there_are(net, data, attack):
+    eps = [0.02, 0.05, 0.1, 0.3] if not isinstance(attack.norm, L2) else [0.1, 0.3, 0.6, 1.5]
+    right = evaluate(net, data, attack, eps, show_progress=False).dataset['correct'].values
+    assert right[0].mean() == 0.8 and (right[1:] <= right[:-1]).all() and right[1].mean() > right[-1].mean()
+    found = attack.run(net, data.x, data.y, data.ids)
+    for at, row in zip(eps, right[1:], strict=True):
+        small = net(found.x_adv).argmax(1) != data.y
+        small &= attack.norm.size(found.x_adv - data.x) <= 1.0001 * at
+        if not isinstance(attack, Smallest):  # its search depends on the largest strength
+            assert (row == ~(small | (net(data.x).argmax(1) != data.y)).numpy()).all()
+            alone = evaluate(net, data, attack, [at], show_progress=False).dataset['correct'].values[-1]
+            assert (alone == row).mean() >= 0.95
+    at = calibrate(attack, net, data, 0.6, show_progress=False)
+    share = evaluate(net, data, at, show_progress=False).table().accuracy[1]
+    assert abs(share - 0.6) <= (2.001 if isinstance(attack, Smallest) else 1.001) / 40
+
+
+def test_transferred_and_joined_minimal_attacks_keep_to_each_strength(nets, data):
+    for attack in (Transfer(nets['other'], DeepFool()), WorstOf([DeepFool(), FGSM()])):
+        table = evaluate(nets['net'], data, attack, [0.01, 0.3], show_progress=False).table()
+        assert table.accuracy[1] > table.accuracy[2], attack.name
+
+
 # ---------------------------------------------------------------------------------------------------------- calibration
 
 
@@ -332,6 +419,36 @@ def test_calibrated_attacks_do_what_was_wanted(net, data, attack):
     found = [calibrate(attack, net, form, 0.7, batch_size=16, show_progress=False) for form in forms]
     assert found[0] == found[1] == found[2] == found[3]
     assert abs(evaluate(net, data, found[0], show_progress=False).table().accuracy[1] - 0.7) <= 1.001 / 40
+
+
+def test_calibration_in_units_of_a_scale(net, data):
+    "With a scale of a twentieth the strength may go up to 20, the whole range."
+    scale = torch.full((1, 8, 8), 0.05)
+    scale[0, 0] = 0
+    for norm in (Linf(0.05), Linf(scale)):
+        found = calibrate(PGD(steps=5, norm=norm), net, data, 0.2, show_progress=False)
+        assert 1 < found.eps < 20
+
+
+def test_calibration_takes_the_nearest_that_it_has_seen(line):
+    "An accuracy that jumps up and down: 0.55 at 0.1, 0.9 a little above, 0.15 from 0.16 on."
+
+    @dataclass(frozen=True)
+    class Fickle(Noise):
+        eps: float = 0.1
+
+        def draw(self, x, ids):
+            wrong = 9 if abs(self.eps - 0.1) < 1e-6 else 2 if self.eps < 0.16 else 17
+            return torch.where(ids[:, None] < wrong, 1 - x, x)
+
+    data = (torch.tensor([[1.0, 1.0], [0.0, 0.0]] * 10), torch.tensor([1, 0] * 10))
+    assert calibrate(Fickle(), line, data, 0.48, show_progress=False).eps == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize('attack', [Poisson(), SaltPepper(0.9), WorstOf([FGSM(), Gaussian()])], ids=lambda a: a.name)
+def test_other_fields_of_strength(net, data, attack):
+    found = calibrate(attack, net, data, 0.6, show_progress=False)
+    assert abs(evaluate(net, data, found, show_progress=False).table().accuracy[1] - 0.6) <= 1.001 / 40
 
 
 def test_wanted_accuracies_that_cannot_be_had(net, data, line, plane):
@@ -516,6 +633,92 @@ def test_other_settings_are_other_tasks(net, data, calls, tmp_path):
     assert not calls, 'mode and gradient do not matter'
 
 
+class Own(nn.Sequential):
+    "A net with a method of its own."
+
+    def forward(self, x):
+        return self.twist(super().forward(x))
+
+    def twist(self, z):
+        return z
+
+
+def test_a_method_that_does_something_else_is_noticed(net, data, calls, tmp_path, monkeypatch):
+    model, few = Own(*deepcopy(net)), data[:10]
+    first = recorded(model, few, tmp_path / 'run.jsonl')
+    monkeypatch.setattr(Own, 'twist', lambda self, z: -z)
+    assert not recorded(model, few, tmp_path / 'run.jsonl').dataset.identical(first.dataset) and len(calls) == 4
+
+    class Child(Own):
+        pass
+
+    recorded(Child(*deepcopy(net)), few, tmp_path / 'run.jsonl')
+    assert len(calls) == 6, 'another class is another model'
+
+
+def slope(model):
+    model.slope = 0.5
+
+
+def buffer(model):
+    model.register_buffer('mean', torch.ones(()), persistent=False)
+
+
+def hook(model):
+    model.register_forward_hook(lambda module, args, output: -output)
+
+
+def blended(surrogate, model, x, y):
+    return FGSM(0.1)(surrogate, x, y)
+
+
+@pytest.mark.parametrize('change', [slope, buffer, hook])
+def test_a_change_of_a_surrogate_is_noticed(net, data, tmp_path, change):
+    def inside(surrogate):
+        return lambda model, x, y: FGSM(0.1)(surrogate, x, y)
+
+    for place, made in enumerate(
+        (
+            lambda net: Transfer(net, FGSM(0.1)),
+            lambda net: WorstOf([Transfer(net, FGSM(0.1)), FGSM(0.1)]),
+            inside,
+            lambda net: partial(blended, net),
+        )
+    ):
+        surrogate, file = deepcopy(net), tmp_path / f'{place}.jsonl'
+        attack = made(surrogate)
+        for _ in range(2):
+            recorded(net, data[:10], file, {'it': attack}, eps=None)
+            assert len(Records(file)) == 2
+        change(surrogate)
+        recorded(net, data[:10], file, {'it': attack}, eps=None)
+        assert len(Records(file)) == 3
+
+
+@pytest.mark.parametrize(
+    ('attack', 'other'),
+    [
+        (Smallest(PGD(steps=2), tries=2), Smallest(PGD(steps=2, seed=1), tries=2)),
+        (Smallest(PGD(steps=2), tries=2), Smallest(PGD(steps=3), tries=2)),
+        (WorstOf([FGSM(), Gaussian()]), WorstOf([FGSM(), Gaussian(seed=1)])),
+        (WorstOf([FGSM(), Gaussian()]), WorstOf([FGSM(loss='margin'), Gaussian()])),
+        (PGD(steps=2), PGD(steps=2, random_start=False)),
+        (APGD(steps=2), APGD(steps=2, norm=Linf(0.5))),
+    ],
+)
+def test_settings_inside_settings_count(net, data, tmp_path, attack, other):
+    for tried, lines in ((attack, 2), (attack, 2), (other, 3)):
+        recorded(net, data[:10], tmp_path / 'run.jsonl', tried, eps=[0.1])
+        assert len(Records(tmp_path / 'run.jsonl')) == lines
+
+
+def test_a_scripted_model_is_known_again(net, data, calls, tmp_path):
+    scripted = torch.jit.script(net)
+    for _ in range(2):
+        recorded(scripted, data[:10], tmp_path / 'run.jsonl')
+    assert len(calls) == 2
+
+
 class Tuple(nn.Module):
     def __init__(self, net):
         super().__init__()
@@ -579,14 +782,14 @@ from robustnb.noises import Gaussian
 def slowly(model, x, y):
     with (FOLDER / 'calls').open('a') as file:
         file.write('.')
-    time.sleep(PAUSE)
+    time.sleep(float(sys.argv[2]))  # read here, since a global value would belong to the settings
     return x.flip(-1)
 
 with seeded(0):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
 x = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 data = DataSet(x, torch.arange(40) % 3, tuple('abc'))
-FOLDER, PAUSE = Path(sys.argv[1]), float(sys.argv[2])
+FOLDER = Path(sys.argv[1])
 result = evaluate(net, data, {'slowly': slowly, 'noise': Gaussian(0.5)}, batch_size=4, records=FOLDER / 'run.jsonl',
                   show_progress=False)
 print(result.dataset['correct'].values.astype(int).tolist())

@@ -1163,3 +1163,37 @@ def test_match_dtype_looks_past_whole_numbers():
 
     assert match_dtype(torch.rand(3), Codebook()).dtype == torch.float64
     assert match_dtype(torch.rand(3), nn.Linear(2, 2, device='meta')).device.type == 'meta'
+
+
+@pytest.mark.parametrize('bounds', [(0, 1), (0.0, torch.tensor(1.0)), (torch.zeros(8), 1.0), (torch.zeros(8), torch.ones(8))])
+@pytest.mark.parametrize(('value', 'fits'), [(0.5, True), (1 + 5e-7, True), (-5e-7, True), (1.01, False), (-0.01, False)])
+def test_usable_says_what_check_inputs_takes(bounds, value, fits):
+    from robustnb.guard import check_inputs, usable
+
+    x = torch.full((3, 8), 0.5)
+    x[1, 2] = value
+    assert usable(x, bounds).tolist() == [True, fits, True]
+    check_inputs(x[usable(x, bounds)], bounds)
+    if not fits:
+        with pytest.raises(ValueError, match='outside the bounds'):
+            check_inputs(x, bounds)
+
+
+def test_number_bounds_make_no_copy_of_the_inputs():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from robustnb.guard import check_inputs
+
+    made = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.numel() > 1 and 'detach' not in str(function):
+                made.append(str(function))
+            return out
+
+    x = torch.rand(10, 100)
+    with Watching():
+        check_inputs(x)
+    assert not made

@@ -1,6 +1,6 @@
 """Masking that is known by construction is named, honest nets pass, and attacks of equal cost are compared."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from robustnb.attacks import APGD, FGSM, L2, PGD, Linf, WorstOf
+from robustnb.blackbox import Square
 from robustnb.data import DataSet, batches, digits, moons
 from robustnb.masking import (
     CHECKS,
@@ -22,6 +23,7 @@ from robustnb.masking import (
     _within_reach,
     check_masking,
 )
+from robustnb.minimal import DeepFool
 from robustnb.noises import Gaussian
 from robustnb.results import Result
 from robustnb.training import trained
@@ -107,6 +109,143 @@ def test_a_sigmoid_at_the_end_is_seen_and_a_log_softmax_is_fine(honest, data):
     points = replace(points, y=torch.ones_like(points.y))  # what a positive output stands for
     assert quick(line, points, checks=['outputs']).signs == ['outputs']
     assert not quick(Changed(honest, after=lambda z: z.log_softmax(1)).eval(), data, checks=['outputs', 'loss']).signs
+
+
+def idle(x):
+    "No gradient at all, but the values."
+    return x.detach() + 0 * x
+
+
+class Weak(FGSM):
+    "An attack that loses its way at large strengths."
+
+    def search(self, problem):
+        return problem.project(problem.norm.ascend(problem.x, -problem.gradient(problem.x)[0], problem.eps)) if (
+            problem.eps > 0.2
+        ) else super().search(problem)[0], None
+
+
+CAN_FAIL = {  # check -> what is done to the net, and the attack, for which it must fail
+    'outputs': ({'after': lambda z: z.softmax(1)}, PGD(steps=5)),
+    'dice': ({'before': lambda x: x + 0.1 * torch.randn_like(x)}, PGD(steps=5)),
+    'zero gradient': ({'before': idle}, PGD(steps=5)),
+    'slope': ({'before': Elsewhere.apply}, PGD(steps=5)),
+    'one step': ({}, PGD(steps=2, step=0.001, random_start=False)),
+    'noise': ({'before': lambda x: (4 * x).round() / 4}, PGD(steps=2, step=0.001, random_start=False)),
+    'loss': ({'after': lambda z: z / 50}, PGD(steps=10)),
+    'rising eps': ({}, Weak()),
+    'largest eps': ({'before': idle}, PGD(steps=5, random_start=False)),
+    'black box': ({'before': lambda x: x.clamp(0.1, 0.9)}, PGD(steps=10)),
+    'transfer': ({'before': idle}, PGD(steps=10)),
+}
+
+
+def test_every_check_can_fail():
+    assert CAN_FAIL.keys() == CHECKS.keys()
+
+
+@pytest.mark.parametrize('check', CAN_FAIL)
+def test_a_check_can_fail_and_leaves_the_plain_net_alone(check, honest, data):
+    change, attack = CAN_FAIL[check]
+    others = {'surrogates': {'plain': honest}, 'checks': [check], 'queries': 300}
+    found = quick(Changed(honest, **change).eval(), data, attack, **others).table()
+    assert found.verdict[0] == 'failed' and found.advice[0]
+    assert not quick(honest, data, **others).signs
+
+
+def test_the_advice_names_a_loss_that_helps(honest, data):
+    "And a loss that is not used is not to blame."
+    sharp = Changed(honest, after=lambda z: 1000 * z).eval()
+    clipped = Changed(honest, after=lambda z: z.clamp(-2, 2)).eval()
+    names = ['outputs', 'zero gradient', 'loss']
+    for model, bad, good in ((sharp, 'ce', 'margin'), (clipped, 'margin', 'ce')):
+        report = quick(model, data, PGD(steps=10, loss=bad), checks=names).table().set_index('check')
+        assert report.verdict['zero gradient'] == 'failed' and f"loss='{good}'" in report.advice['zero gradient']
+        assert 'zero gradient' not in quick(model, data, PGD(steps=10, loss=good), checks=names).signs
+    assert not quick(sharp, data, PGD(steps=10, loss='dlr'), checks=names).signs
+    nothing = quick(Changed(honest, before=idle).eval(), data, PGD(steps=2, loss='dlr'), checks=names).table()
+    assert 'Nothing flows' in nothing.advice[1]
+
+
+def test_only_certain_success_counts_at_the_largest_strength(honest, data):
+    "What the net calls grey anyway may withstand everything; the rest may not."
+    grey = int(honest(torch.full((1, 1, 8, 8), 0.5)).argmax())
+
+    @dataclass(frozen=True)
+    class Shielded(FGSM):
+        shielded: int = grey
+
+        def search(self, problem):
+            return torch.where((problem.y == self.shielded)[:, None, None, None], problem.x, 0.5), None
+
+    found = {
+        who: quick(honest, data, Shielded(0.1, who), checks=['largest eps']).table() for who in (grey, (grey + 1) % 10)
+    }
+    assert [table.verdict[0] for table in found.values()] == ['passed', 'failed']
+    assert 'and 0 of these are still right' in found[grey].seen[0]
+
+
+def test_ranges_with_an_open_end_have_no_middle():
+    points = DataSet(torch.rand(40, 2) * 5, torch.arange(40) % 2, bounds=(0.0, float('inf')))
+    points.x[:, 0] += 10 * points.y
+    line = nn.Linear(2, 1).eval()
+    with torch.no_grad():
+        line.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        line.bias.fill_(-7.5)
+    report = quick(line, points, PGD(steps=20), eps=4.0, checks=['rising eps', 'largest eps'])
+    assert set(report.table().verdict) == {'passed'} and 'nearest sample' in report.table().seen[1]
+    alike = DataSet(points.x[1::2], points.y[1::2], bounds=None)
+    found = quick(line, alike, eps=4.0, checks=['largest eps']).table()
+    assert found.verdict[0] == 'not applicable' and 'of one class' in found.seen[0]
+
+
+def test_logits_that_are_not_finite(honest, data):
+    masked = Changed(honest, after=lambda z: z.index_fill(1, torch.tensor([9]), -torch.inf)).eval()
+    few = data[data.y != 9]
+    assert not quick(masked, few, checks=['dice']).signs, 'a class that is ruled out is ruled out both times'
+    calls = []
+
+    def sometimes(z):
+        calls.append(1)
+        return z * (torch.nan if len(calls) == 3 else 1)
+
+    trial = _on_trial(Changed(honest, after=sometimes).eval(), few, _attack_of(PGD(), (0, 1), 0.1))  # one pass
+    assert CHECKS['dice'](trial).passed is False
+
+
+def test_attacks_of_one_name_are_told_apart(honest, data):
+    trial = _on_trial(honest, data, _attack_of(PGD(steps=3), (0, 1), 0.15))
+    still = replace(trial.attack, step=1e-6, random_start=False)
+    assert still.name == trial.attack.name
+    assert trial.fooled(trial.attack).sum() > trial.fooled(still).sum() == 0
+
+    def mirror(model, x, y):
+        return x.flip(-1)
+
+    assert trial.fooled(mirror).sum() > 0
+    assert [name for name, *_ in trial.known] == ['PGD-3', 'PGD-3', 'mirror']
+
+
+def test_interrupted_checks_leave_a_report(honest, data):
+    def impatient(trial):
+        raise KeyboardInterrupt
+
+    made = quick(honest, data, checks={'dice': CHECKS['dice'], 'impatient': impatient, 'noise': CHECKS['noise']})
+    assert made.table().check.tolist() == ['dice']
+    with pytest.raises(KeyboardInterrupt):
+        quick(honest, data, checks={'impatient': impatient})
+    trial = _on_trial(honest, data, _attack_of(PGD(steps=2), (0, 1), 0.15), batch_size=20)
+    calls = []
+
+    def tired(model, x, y):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.fooled(tired)
+    assert not trial.known
 
 
 HONEST = [  # architecture, training, image size, eps, seed of the choice of samples
@@ -284,6 +423,8 @@ def test_a_report_is_a_result(honest, data, tmp_path):
     [
         ({'attack': WorstOf([PGD(), APGD()])}, TypeError, 'follows the gradient'),
         ({'attack': Gaussian()}, TypeError, 'follows the gradient'),
+        ({'attack': Square()}, TypeError, 'follows the gradient'),
+        ({'attack': DeepFool()}, TypeError, 'at a given strength'),
         ({'attack': PGD(target=3)}, ValueError, 'without target='),
         ({'eps': 0.0}, ValueError, 'above 0'),
         ({'checks': ['luck']}, KeyError, 'there are outputs, dice'),

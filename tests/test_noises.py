@@ -1,6 +1,8 @@
 """Noises against literal re-implementations and their distributions, and noise of the size of an attack."""
 
+import json
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -30,6 +32,7 @@ from robustnb.noises import (
     matched,
     named,
     perturb,
+    settings_of,
 )
 
 NOISES = [Gaussian(0.2), Uniform(0.2), Speckle(0.3), Poisson(0.2), Salt(0.1), Pepper(0.1), SaltPepper(0.1), Blur(0.8)]
@@ -389,3 +392,128 @@ def test_what_cannot_be_matched():
     for wrong in (lambda: matched(FGSM(), Gaussian()), lambda: matched(Gaussian, FGSM()), lambda: matched(Gaussian(), FGSM)):
         with pytest.raises(TypeError, match='argument is'):
             wrong()
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def keyword_one(model, x, y, *, k=1):
+    return x + k
+
+
+def keyword_two(model, x, y, *, k=2):
+    return x + k
+
+
+class Adding:
+    def __init__(self, amount):
+        self.amount = amount
+
+    def __call__(self, model, x, y):
+        return x + self.amount
+
+    def method(self, model, x, y):
+        return x + self.amount
+
+
+AMOUNT = 0.1
+
+
+def deep(x):
+    return [x + AMOUNT for _ in range(1)][0]
+
+
+def reads_a_global(model, x, y):
+    return deep(x)
+
+
+def even(model, x, y):
+    return x if y == 0 else odd(model, x, y - 1)
+
+
+def odd(model, x, y):
+    return even(model, x, y)
+
+
+def test_settings_tell_functions_apart(monkeypatch):
+    keyword_two.__qualname__ = keyword_one.__qualname__
+    assert settings_of(keyword_one) != settings_of(keyword_two), 'keyword defaults count'
+    makes = Adding, lambda a: Adding(a).method, lambda a: partial(Adding(a)), lambda a: partial(keyword_one, k=a)
+    for make in makes:
+        assert settings_of(make(1)) == settings_of(make(1)) != settings_of(make(2))
+    before = settings_of(reads_a_global)
+    assert before == settings_of(reads_a_global)
+    monkeypatch.setitem(globals(), 'AMOUNT', 0.2)
+    assert settings_of(reads_a_global) != before, 'a global number, read by a function of the same file'
+
+
+def test_settings_tell_classes_of_your_own_apart():
+    def make(sign):
+        @dataclass(frozen=True)
+        class Mine(Perturbation):
+            eps: float = 0.1
+
+            if sign > 0:
+                def __call__(self, model, x, y, ids=None):
+                    return x + self.eps
+            else:
+                def __call__(self, model, x, y, ids=None):
+                    return x - self.eps
+
+        return Mine()
+
+    assert settings_of(make(1)) == settings_of(make(1)) != settings_of(make(-1))
+    assert 'code' not in settings_of(Gaussian(0.1))
+
+
+def test_settings_of_what_refers_to_itself():
+    def makes():
+        def a(model, x, y):
+            return b
+
+        def b(model, x, y):
+            return a
+
+        return a
+
+    def unbound():
+        def a(model, x, y):
+            return later
+
+        if a is None:
+            later = 1
+        return a
+
+    loop, own = [1], Adding(1)
+    loop.append(loop)
+    own.me = own
+    for strange in (makes(), unbound(), even, own, partial(keyword_one, k=loop), len, torch.sign):
+        assert settings_of(strange) == settings_of(strange)
+        json.dumps(settings_of(strange))
+
+
+@pytest.mark.parametrize('value', [
+    np.float32(0.5), np.int64(3), np.array(['a', None], dtype=object), np.zeros((2, 3)), {3, 1}, frozenset('ab'), int,
+    float('nan'), torch.empty(0), torch.tensor(1.0), torch.zeros(2, dtype=torch.bool), torch.zeros(4)[::2],
+    torch.zeros(3, dtype=torch.bfloat16),
+])
+def test_settings_of_any_value_are_plain(value):
+    assert json.dumps(settings_of(partial(keyword_one, k=value)))
+
+
+def test_a_set_in_the_code_has_no_order():
+    "The order of a set of words is another in each process."
+    from robustnb.noises import _constants
+
+    def among(model, x, y):
+        return x if y in {'b', 'a', 'c'} else y
+
+    assert ["'a'", "'b'", "'c'"] in _constants(among.__code__)
+
+
+def test_bounds_of_tensors_can_be_matched():
+    low, high = torch.zeros(8), torch.ones(8)
+    together = matched(Gaussian(bounds=(low, high)), PGD(0.1, bounds=(low.clone(), high)))
+    assert together.bounds[0] is low
+    with pytest.raises(ValueError, match='give both the same'):
+        matched(Gaussian(bounds=(low, high)), PGD(0.1, bounds=(low - 1, high)))

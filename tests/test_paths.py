@@ -10,7 +10,9 @@ from torch import nn
 
 from robustnb import paths
 from robustnb.attacks import APGD, FGSM, L2, PGD, Attack, Linf, WorstOf
+from robustnb.blackbox import Square
 from robustnb.devices import seeded
+from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Gaussian
 from robustnb.paths import AttackPath, explore, trace
 from robustnb.plots import png
@@ -159,6 +161,16 @@ def test_an_attack_of_your_own():
     np.testing.assert_array_equal(path.x_adv, (x + 0.1).clamp(max=1).numpy())
 
 
+@pytest.mark.parametrize('attack', [CW(steps=4), DeepFool(), Smallest(PGD(0.2, steps=3), tries=4), Square(0.2, queries=9)],
+                         ids=lambda a: a.name)  # fmt: skip
+def test_attacks_of_other_rooms_have_paths_too(attack):
+    model, (x, y) = network('table'), samples('table')
+    path = trace(attack, model, x, y)
+    np.testing.assert_allclose(path.x_adv, attack(model, x, y).numpy(), atol=1e-5)
+    assert np.isfinite(path.dataset['loss'].values).all() and path.dataset.sizes['point'] > 1
+    png(path.plot())
+
+
 def test_a_sample_that_is_its_own_target_stays():
     model, (x, y) = network('table'), samples('table')
     path = trace(PGD(0.2, steps=3, target=int(y[0])), model, x, y)
@@ -183,6 +195,9 @@ def test_a_sample_that_is_its_own_target_stays():
         (lambda m, x, y: explore(m, x[0], y[0], eps={'Linf': [0.1]}), ValueError, 'one for each of Linf, L2'),
         (lambda m, x, y: explore(m, x[0], y[0], eps={'Linf': [0.1], 'L2': [1, 2]}), ValueError, 'equal lengths'),
         (lambda m, x, y: explore(m, x[0], y[0], eps=[]), ValueError, 'eps takes a list'),
+        (lambda m, x, y: explore(m, x[0], y[0], eps=[0.1, 0.2, 0.1]), ValueError, 'must differ'),
+        (lambda m, x, y: explore(m, x[0], y[0], norms=[L2(), L2(scale=2)]), ValueError, 'one of each shape at most'),
+        (lambda m, x, y: explore(m, x[0], y[0], norms=['L2']), ValueError, 'one of each shape at most'),
     ],
 )
 def test_errors_teach(call, error, message):
@@ -305,6 +320,48 @@ def test_every_state_can_be_drawn(spied):
             png(explorer.static(attack=attack, norm=norm, point=point, eps=0.3))
         assert explorer.bundle_bytes < 500_000
     assert len(spied) == 8
+
+
+def test_images_too_large_are_refused_before_anything_is_computed():
+    model = Counted(nn.Sequential(nn.AvgPool2d(32), nn.Flatten(), nn.Linear(432, 3)))
+    with pytest.raises(ValueError, match='8 strengths of 3 attacks in 2 norms take 42 MB'):
+        explore(model, torch.rand(1, 3, 384, 384), torch.tensor([1]), show_progress=False)
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize(
+    'shape, layout',
+    [((28, 28), 'image'), ((1, 8, 8), 'image'), ((3, 32, 64), 'image'), ((2,), 'plane'), ((7,), 'values'), ((2, 200), 'values'),
+     ((4, 8, 8), 'values'), ((1, 1, 50), 'values')],
+)  # fmt: skip
+def test_layouts(shape, layout):
+    assert paths._layout(shape) == layout
+
+
+def test_long_names_and_many_classes(spied):
+    "Names that differ in their middle stay different, small shares are not rounded to nothing, and nothing is read as HTML."
+    from test_widgets import part
+
+    with seeded(0):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1000))
+    x, names = torch.rand(1, 1, 8, 8), [f'<b>class {i}</b>, with a long name' for i in range(1000)]
+    y = model(x).argmax(1)
+    explorer = explore(model, x, y, PGD(steps=5), [0.3, 0.5], classes=names, show_progress=False)
+    png(explorer.static())
+    view = spied[-1]
+    assert view.rival != view.label and view.name(view.label) != view.name(view.rival)
+    assert len(view.name(view.rival)) <= 11 and view.name(view.rival, 16) in view.title
+    assert '(0%)' not in view.read(view.logits[-1]) and 'with 0%' not in explorer.describe(**explorer.state)
+    alike = f'{"a" * 40}0{"b" * 40}', f'{"a" * 40}1{"b" * 40}'
+    view.names = [alike[c == view.label] for c in range(1000)]
+    assert len(view.name(view.rival)) == 11, 'what no few letters tell apart is cut all the same'
+    words = part(explorer, 'rnb-words').value
+    assert '&lt;b&gt;class' in words and '<b>' not in words
+
+
+@pytest.mark.parametrize('share, words', [(0.5, '50%'), (0.004, '0.4%'), (0.0001, '0%'), (0.0, '0%'), (1.0, '100%')])
+def test_percent(share, words):
+    assert paths._percent(share) == words
 
 
 def test_large_images_are_thinned_out(spied):

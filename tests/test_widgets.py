@@ -404,3 +404,13 @@ def test_static_needs_no_ipywidgets():
     ran = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=os.environ)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == '[]', 'a figure or an explorer loads more than it needs'
+
+
+def test_a_slider_can_write_its_values_in_words():
+    explorer = Explorer([Slider('eps', [0.1, 0.2], 0.2, readout=['a | b', 'c | d'])], lambda eps: figure()[0])
+    slider = part(explorer, 'rnb-eps')
+    assert slider.options == (('a | b', 0), ('c | d', 1)) and slider.label == 'c | d'
+    slider.value = 0
+    assert explorer.state == {'eps': 0.1}
+    with pytest.raises(ValueError, match='eps has 2 values, and a readout for 1'):
+        Slider('eps', [0.1, 0.2], readout=['a'])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustnb import attacks
 from robustnb.data import DataSet, digits, mnist
+from robustnb.minimal import CW
 from robustnb.training import trained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,15 +64,13 @@ class Setting:
 
 def robustnb_call(s: Setting, model: nn.Module, **more) -> Call:
     "The attack in robustnb. `more` are options that the others do not have, such as `keep_going`."
-    norm = {'linf': attacks.Linf, 'l2': getattr(attacks, 'L2', None)}[s.norm]()
+    norm = {'linf': attacks.Linf(), 'l2': attacks.L2()}[s.norm]
     if s.kind == 'fgsm':
         attack = attacks.FGSM(s.eps, norm=norm, **more)
     elif s.kind == 'pgd':
         attack = attacks.PGD(s.eps, steps=s.steps, step=s.step, random_start=False, norm=norm, **more)
     else:
-        from robustnb.minimal import CW
-
-        attack = CW(steps=s.steps, searches=1, lr=s.step, c=s.c, **more)
+        attack = CW(steps=s.steps, searches=1, lr=s.step, c=s.c, decay=False, **more)
     return lambda x, y: attack(model, x, y)
 
 
