@@ -402,7 +402,7 @@ class AttackResult:
 @contextmanager
 def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor | None) -> Iterator[Problem]:
     "A block in which `attack` may use `model`: gives the problem that it has to solve."
-    x = check_inputs(x, attack.bounds).to(device_of(model))
+    x = _into(attack.bounds, check_inputs(x, attack.bounds).to(device_of(model)))  # it may be a rounding beyond
     y = y if callable(attack.loss) else check_labels(y, len(x))  # a loss of your own may have targets of its own
     y, ids = y.to(x.device), _ids(x, ids)
     with torch.inference_mode(False), torch.enable_grad(), untouched(model), xla_safe(model):
@@ -703,9 +703,7 @@ class WorstOf(Perturbation):
 
     def __post_init__(self):
         object.__setattr__(self, 'attacks', tuple(self.attacks))
-        said = [a.bounds for a in self.attacks if isinstance(a, Perturbation) and not _unsaid(a.bounds)]
-        if said and _unsaid(self.bounds):
-            object.__setattr__(self, 'bounds', said[0])
+        object.__setattr__(self, 'bounds', _common_bounds(self))
         if self.eps is not None:
             super().__post_init__()
         _members(self)  # says now what cannot be meant
@@ -721,8 +719,8 @@ class WorstOf(Perturbation):
 
     @property
     def name(self) -> str:
-        names = [_name_of(a) for a in self.attacks]
-        return 'worst of ' + (', '.join(names) if len(names) < 4 else f'{len(names)} attacks')
+        few = len(self.attacks) < 4
+        return 'worst of ' + (', '.join(map(_name_of, self.attacks)) if few else f'{len(self.attacks)} attacks')
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, ids: Tensor | None = None) -> Tensor:
         "The inputs on which the model does worst, (batch, ...)."
@@ -737,14 +735,24 @@ class WorstOf(Perturbation):
     ) -> AttackResult:
         "Attack what is standing with one member after the other. `loss` is the margin, `size` in the first member's norm."
         x = check_inputs(x, self.bounds).to(device_of(model))
-        y, ids = check_labels(y, len(x)).to(x.device), _ids(x, ids)
         if not len(x):
             return _nothing(x)
+        y, ids = check_labels(y, len(x)).to(x.device), _ids(x, ids)
         with torch.inference_mode(False), untouched(model), _counting(model) as rows:
             x_adv, loss, wrong = _one_after_the_other(_members(self), model, x.clone(), y.clone(), ids.clone(), self.bounds)
-        wide = x if x.dtype == torch.float64 else x.float()
-        norm = next((a.norm for a in self.attacks if isinstance(a, Attack)), Linf()).on(wide)
-        return AttackResult(x_adv, wrong, norm.size(x_adv.to(wide) - wide), loss, _passes(rows, len(x)))
+        return AttackResult(x_adv, wrong, _size_in(self.attacks, x_adv, x), loss, _passes(rows, len(x)))
+
+# %% ../nbs/20_attacks.ipynb #f4406258
+def _common_bounds(several: WorstOf) -> tuple | None:
+    "The bounds of the whole: its own, or else those of the first member that was given any."
+    said = [a.bounds for a in several.attacks if isinstance(a, Perturbation) and not _unsaid(a.bounds)]
+    return said[0] if said and _unsaid(several.bounds) else several.bounds
+
+def _size_in(attacks: Sequence[Callable], x_adv: Tensor, x: Tensor) -> Tensor:
+    "Size of each change in the norm of the first attack that has one, (batch,)."
+    wide = x if x.dtype == torch.float64 else x.float()
+    norm = next((a.norm for a in attacks if isinstance(a, Attack)), Linf()).on(wide)
+    return norm.size(x_adv.to(wide) - wide)
 
 # %% ../nbs/20_attacks.ipynb #080f242a
 def _members(several: WorstOf) -> list[Callable]:

@@ -39,6 +39,12 @@ def _check_minimal(attack: Attack, **least: float) -> None:
         if not getattr(attack, setting) >= value:
             raise ValueError(f'{setting} of {name} must be at least {value}, got {getattr(attack, setting)}')
 
+# %% ../nbs/24_minimal.ipynb #2e0a75ec
+def _masked(problem: Problem, values: Tensor, elsewhere: Tensor | float) -> Tensor:
+    "`values` where a sample may change, something else where it may not."
+    scale = problem.norm.scale
+    return torch.where(scale > 0, values, elsewhere) if isinstance(scale, Tensor) else values
+
 # %% ../nbs/24_minimal.ipynb #1dee745a
 def _leads(problem: Problem, logits: Tensor, rows: slice | Tensor, candidates: int) -> Tensor:
     "How far the best wrong classes lead over the true one or, with a target, that over the others: (rows, candidates)."
@@ -69,36 +75,38 @@ def _nearest(problem: Problem, leads: Tensor, x: Tensor) -> tuple[Tensor, Tensor
 
 # %% ../nbs/24_minimal.ipynb #6b6ce575
 class _Walk:
-    "A batch on its way to the boundary; a sample that is over it stays where it is."
+    "A batch on its way to the boundary; a sample that is over it, or cannot get on, stays where it is."
 
     def __init__(self, problem: Problem):
         self.problem, self.x_adv = problem, problem.x.clone()
         self.loss, self.over = problem.judge(problem.x)
+        self.done = self.over | (False if problem.target is None else problem.target == problem.y)
         self.whole = problem.fixed_shape or problem.listen is not None  # who listens wants to hear of all samples
 
     @property
     def finished(self) -> bool:
         "Whether no sample is on its way; with fixed shapes nobody asks, since that would wait for the device."
-        return not self.problem.fixed_shape and bool(self.over.all())
+        return not self.problem.fixed_shape and bool(self.done.all())
 
     @property
     def rows(self) -> slice | Tensor:
         "The samples that are still on their way."
-        return slice(None) if self.whole else (~self.over).nonzero()[:, 0]
+        return slice(None) if self.whole else (~self.done).nonzero()[:, 0]
 
     def step(self, rows: slice | Tensor, candidates: int, overshoot: float) -> None:
         "Go beyond the nearest boundary by a share of the whole way, and look on which side that is."
         problem, x = self.problem, self.x_adv[rows].detach().requires_grad_()
-        first = not problem.rows['backward']
+        first, done = not problem.rows['backward'], self.done[rows]
         distance, gradient = _nearest(problem, _leads(problem, problem.logits(x), rows, candidates), x)
-        stuck = distance == inf
+        x, stuck = x.detach(), distance == inf
         if first:
-            idle = self.over[rows] if problem.target is None else self.over[rows] | (problem.target == problem.y)[rows]
-            problem.flat = (stuck & ~idle).sum()
-        step = distance + overshoot * (distance + problem.norm.size(x.detach() - problem.x[rows]))
-        step = torch.where(stuck | self.over[rows], 0, step)
-        x_adv = _into(problem.bounds, problem.norm.ascend(x.detach(), gradient, _column(step, x)))
-        self.x_adv[rows], (_, self.loss[rows], self.over[rows]) = x_adv, problem.answer(x_adv, rows, slope=False)
+            problem.flat = (stuck & ~done & ~self.loss[rows].isnan()).sum()
+        step = distance + overshoot * (distance + problem.norm.size(x - problem.x[rows]))
+        x_adv = _into(problem.bounds, problem.norm.ascend(x, gradient, _column(torch.where(stuck, 0, step), x)))
+        x_adv = torch.where(_column(stuck | done, x), x, _masked(problem, x_adv, x))
+        _, self.loss[rows], self.over[rows] = problem.answer(x_adv, rows, slope=False)
+        self.done[rows] = done | self.over[rows] | (x_adv == x).flatten(1).all(1)
+        self.x_adv[rows] = x_adv
 
 # %% ../nbs/24_minimal.ipynb #7791b781
 def _shortened(problem: Problem, found: _Outcome, halvings: int) -> _Outcome:
@@ -107,7 +115,7 @@ def _shortened(problem: Problem, found: _Outcome, halvings: int) -> _Outcome:
     low, high = torch.zeros_like(found[1]), torch.ones_like(found[1])
     for _ in range(halvings):
         share = (low + high) / 2
-        x_adv = _into(problem.bounds, problem.x + _column(share, way) * way)
+        x_adv = torch.where(way == 0, problem.x, _into(problem.bounds, problem.x + _column(share, way) * way))
         loss, wrong = problem.judge(x_adv)
         found = _where(wrong & found[2], (x_adv, loss, wrong), found)
         low, high = torch.where(wrong, low, share), torch.where(wrong, share, high)
@@ -214,12 +222,6 @@ class _Balance:
         between = torch.where(self.low == 0, self.high / 10, (self.low * self.high).sqrt())
         self.c = torch.where(self.high == inf, 10 * self.low, between)
 
-# %% ../nbs/24_minimal.ipynb #2e0a75ec
-def _masked(problem: Problem, values: Tensor, elsewhere: Tensor | float) -> Tensor:
-    "`values` where a sample may change, something else where it may not."
-    scale = problem.norm.scale
-    return torch.where(scale > 0, values, elsewhere) if isinstance(scale, Tensor) else values
-
 # %% ../nbs/24_minimal.ipynb #0474518d
 def _shrink(problem: Problem, x_adv: Tensor, unit: float | Tensor) -> Tensor:
     "The gradient of the squared size of the change, both in units of `unit`."
@@ -291,20 +293,35 @@ def _farthest(problem: Problem) -> Tensor:
     return torch.minimum(most, eps)
 
 # %% ../nbs/24_minimal.ipynb #778f030e
-class _Bracket:
-    "A strength for each sample, (batch,), between one that is too little and one that is enough, as far as they are known."
-
-    def __init__(self, start: float, most: Tensor):
-        self.eps, self.most = torch.full_like(most, start).minimum(most), most
-        self.low, self.high = torch.zeros_like(most), torch.full_like(most, inf)
-
-    def note(self, fooled: Tensor) -> None:
-        "Eight times as much until it is enough, an eighth until it is not, then halfway between the exponents."
-        self.low, self.high = torch.where(fooled, self.low, self.eps), torch.where(fooled, self.eps, self.high)
-        between = torch.where(self.low == 0, self.high / 8, (self.low * self.high).sqrt())
-        self.eps = torch.where(self.high == inf, torch.minimum(8 * self.low, self.most), between)
+def _widest(values: Tensor) -> tuple[Tensor, Tensor]:
+    "The middle of the widest gap between the positive ones of each column, on a logarithmic scale, and whether there is one."
+    ordered = values.sort(0).values
+    ratio, place = torch.where(ordered[:-1] > 0, ordered[1:] / ordered[:-1], 1).max(0)
+    return ordered.gather(0, place[None])[0] * ratio.sqrt(), ratio > 1
 
 # %% ../nbs/24_minimal.ipynb #efc54794
+class _Bracket:
+    "A strength for each sample, (batch,), between one that was too little and the smallest change so far."
+
+    def __init__(self, start: float, most: Tensor, tries: int):
+        self.eps, self.most = torch.full_like(most, start).minimum(most), most
+        self.failed, self.count = most.new_zeros(tries + 1, len(most)), 0  # strengths that were too little; how many tries
+
+    def note(self, smallest: Tensor, fooled: Tensor) -> None:
+        "On to the next strength, now that `eps` has `fooled` or not and the `smallest` change is known, infinite if none is."
+        self.failed = torch.cat([self.failed[1:], torch.where(fooled, 0, self.eps)[None]])  # always of the same shape
+        self.count += 1
+        low = torch.where(self.failed < smallest, self.failed, 0).amax(0)
+        inside = torch.where(low == 0, smallest / 8, (low * smallest).sqrt())
+        self.eps = torch.where(smallest == inf, self.larger(low), inside)
+
+    def larger(self, low: Tensor) -> Tensor:
+        "Eight times as much; after the second time, and from the most, every other try goes back into the widest gap."
+        middle, any_gap = _widest(self.failed)
+        goes_back = any_gap & ((low >= self.most) | (self.count > 2 and self.count % 2 == 1))
+        return torch.where(goes_back, middle, torch.minimum(8 * low, self.most))
+
+# %% ../nbs/24_minimal.ipynb #6f2cfe10
 @dataclass(frozen=True)
 class Smallest(Attack):
     "The smallest strength at which an attack succeeds, for each sample by itself."
@@ -315,13 +332,13 @@ class Smallest(Attack):
     loss: str | Callable = field(default='ce', init=False, repr=False)  # what it climbs
     norm: Norm = field(default=Linf(), init=False, repr=False)  # what sizes are measured in
     target: int | str | Tensor | Callable | None = field(default=None, init=False, repr=False)  # class to aim at
-    keep_going: bool = field(default=True, init=False, repr=False)  # False: each try stops where it succeeds
+    keep_going: bool = field(default=False, init=False, repr=False)  # each try stops where it succeeds, whatever the attack says
     autocast: torch.dtype | None = field(default=None, init=False, repr=False)  # type for mixed precision
     minimal: ClassVar[bool] = True
 
     def __post_init__(self):
         _check_wrapped(self)
-        for name in ('seed', 'loss', 'norm', 'target', 'keep_going', 'autocast'):
+        for name in ('seed', 'loss', 'norm', 'target', 'autocast'):
             object.__setattr__(self, name, getattr(self.attack, name))
         if _unsaid(self.bounds):
             object.__setattr__(self, 'bounds', self.attack.bounds)
@@ -335,12 +352,13 @@ class Smallest(Attack):
         loss, wrong = problem.judge(problem.x)
         best, smallest = (problem.x, loss, wrong), torch.where(wrong, 0, inf)
         attack, fresh = replace(self.attack, bounds=self.bounds), (problem.done, *problem.found)
-        bracket = _Bracket(self.attack.strength, _farthest(problem))
+        bracket = _Bracket(self.attack.strength, _farthest(problem), self.tries)
+        problem.fixed_shape = problem.fixed_shape or problem.listen is not None  # who listens wants to hear of all samples
         for _ in range(self.tries):
             found = _tried(problem, attack, bracket.eps, fresh)
             size = torch.where(found[2], problem.norm.size(found[0] - problem.x), inf)
             best, smallest = _where(size < smallest, found, best), torch.minimum(size, smallest)
-            bracket.note(found[2])
+            bracket.note(smallest, found[2])
             sync(problem.x.device)
         problem.stops = False  # what was found last is not what was found best
         return best[0], best[1:]

@@ -5,7 +5,6 @@ help: a NaN pixel, images from 0 to 255, a model in training mode, a caller insi
 """
 
 import copy
-import importlib
 from dataclasses import replace
 from math import inf
 
@@ -18,7 +17,7 @@ from robustnb import adapters, attacks, blackbox, minimal
 from robustnb.attacks import APGD, FGSM, L2, PGD, Attack, Linf, WorstOf
 from robustnb.blackbox import Square, Transfer
 from robustnb.devices import seeded
-from robustnb.guard import Normalized, _say_once, usable
+from robustnb.guard import Logits, Normalized, _say_once, usable
 from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Perturbation
 
@@ -154,6 +153,51 @@ def test_what_cannot_be_right_is_refused_in_words(attack, spoil, error, words):
     assert same(before, state_of(net))
 
 
+class Asked(nn.Module):
+    "Counts how often it is asked."
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, [0]
+
+    def forward(self, x):
+        self.calls[0] += 1
+        return self.net(x)
+
+
+@every_attack
+@pytest.mark.parametrize(
+    ('spoil', 'calls'),
+    [
+        (lambda x, y: (x.fill_(torch.nan), y), 0),
+        (lambda x, y: (x + 1, y), 0),
+        (lambda x, y: (x, y[:-1]), 0),
+        (lambda x, y: (x, y - CLASSES), 0),
+        (lambda x, y: (x, y + CLASSES), 1),  # how many classes there are shows in the first answer
+    ],
+    ids=['NaN', 'outside', 'length', 'negative label', 'large label'],
+)
+def test_what_cannot_be_right_costs_no_passes(attack, spoil, calls):
+    model = Asked(make_net())
+    with pytest.raises(ValueError):
+        attack(model, *spoil(*images()))
+    assert model.calls[0] <= calls
+
+
+@every_attack
+def test_logits_of_another_name_are_selected(attack):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x):
+            logits = self.net(x)
+            return {'hidden': -logits, 'scores': logits}
+
+    assert torch.equal(attack(Logits(Two(), 'scores'), *images()), expected_of(attack))
+
+
 @every_attack
 def test_pixels_from_0_to_255_with_their_bounds(attack):
     if isinstance(attack, WorstOf | Transfer | Smallest):
@@ -245,7 +289,7 @@ def test_the_model_comes_back_as_it_was(attack, row):
 
 
 class Fuse(nn.Module):
-    "Raises at its third call."
+    "Raises after so many calls."
 
     def __init__(self, net, calls):
         super().__init__()
@@ -363,7 +407,7 @@ class Flat(nn.Module):
 @every_attack
 def test_nan_logits_are_told(attack, notes):
     result = attack.run(Sick(), *images())
-    assert result.x_adv.isfinite().all() and 'NaN' in notes.text
+    assert result.x_adv.isfinite().all() and 'NaN' in notes.text and 'exactly zero' not in notes.text
 
 
 @every_attack

@@ -970,3 +970,10 @@ def test_a_targeted_dlr_attack_climbs_the_targeted_form(net, batch):
     with torch.no_grad():
         expected = _dlr_towards(net.eval()(result.x_adv), y, torch.full_like(y, 2))
     assert torch.allclose(result.loss, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('norm', [Linf, L2])
+def test_inputs_a_rounding_beyond_the_bounds_under_a_mask(norm, net, batch):
+    x, y = batch
+    result = PGD(0.1, steps=2, norm=norm(scale=torch.linspace(0, 1, 8))).run(net, x * (1 + 2e-6) - 5e-7, y)
+    assert result.size.max() <= 0.1 + 1e-5

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 
 import pytest
@@ -251,29 +252,54 @@ def test_cw_equals_the_literal_form(confidence, net, batch):
     assert torch.allclose(found, expected, atol=2e-4)
 
 
+def literal_next(eps, failed, size, tries, most):
+    "The strength after `eps`, for one sample, from the strengths that failed and the smallest change so far."
+    low = max((f for f in failed if f < size), default=0.0)
+    if size < inf:
+        return (low * size) ** 0.5 if low else size / 8
+    ratio, start = max(((b / a, a) for a, b in pairwise(sorted(failed))), key=lambda gap: gap[0], default=(1.0, 0.0))
+    goes_back = ratio > 1 and (low >= most or tries in (3, 5, 7))
+    return start * ratio**0.5 if goes_back else min(8 * low, most)
+
+
 def literal_smallest(net, x, y, attack, tries):
     "One sample at a time, the strengths moved by hand."
-    rows = []
+    rows, stops = [], replace(attack, keep_going=False)
     for i in range(len(x)):
         one, label, ids = x[i : i + 1], y[i : i + 1], torch.tensor([i])
         with torch.no_grad():
             size = 0.0 if net(one).argmax(1) != label else inf
-        best, eps, low, high, most = one, attack.eps, 0.0, inf, float(torch.maximum(one, 1 - one).max())
-        for _ in range(tries):
-            result = attack.at(eps).run(net, one, label, ids)
+        best, eps, failed = one, attack.eps, []
+        for k in range(tries):
+            result = stops.at(eps).run(net, one, label, ids)
             if result.success and result.size < size:
                 best, size = result.x_adv, float(result.size)
-            low, high = (low, eps) if result.success else (eps, high)
-            eps = min(8 * low, most) if high == inf else high / 8 if low == 0 else (low * high) ** 0.5
+            failed += [] if result.success else [eps]
+            eps = literal_next(eps, failed, size, k + 1, float(torch.maximum(one, 1 - one).max()))
         rows.append(best)
     return torch.cat(rows)
 
 
 def test_smallest_equals_the_literal_form(net, batch):
     x, y = (t[:6] for t in batch)
-    for attack in (PGD(steps=3), PGD(steps=3, step=0.02, keep_going=False)):
+    for attack in (PGD(steps=3), PGD(steps=3, step=0.02, keep_going=False), PGD(0.0005, steps=2)):
         expected = literal_smallest(net.eval(), x, y, attack, 7)
         assert torch.allclose(Smallest(attack, tries=7)(net, x, y), expected, atol=1e-5)
+
+
+class Islands(nn.Module):
+    "One logit, positive between 1 and 1.5 only."
+
+    def forward(self, x):
+        return 0.25 - (x[:, 0] - 1.25).abs()
+
+
+def test_an_attack_that_jumps_over_is_asked_again_at_strengths_between():
+    x, y = torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)
+    attack = FGSM(0.06, bounds=None)  # 0.48 is too little, 3.84 too much
+    result = Smallest(attack).run(Islands(), x, y)
+    assert result.success.all() and 1 <= result.size <= 1.2
+    assert not Smallest(attack, tries=4).run(Islands(), x, y).success.any()
 
 
 # ---------------------------------------------------------------------------------------- what holds for every attack
@@ -349,9 +375,10 @@ def test_passes_are_counted(attack, net, batch):
 def test_how_many_passes(net, batch):
     x, y = batch
     assert CW(steps=7, searches=3).run(net, x, y).passes == {'forward': 22, 'backward': 19}
-    assert Smallest(PGD(steps=3), tries=4).run(net, x, y).passes == {'forward': 17, 'backward': 12}
-    stops = Smallest(PGD(steps=3, keep_going=False), tries=4).run(net, x, y).passes
-    assert stops['forward'] < 17 and stops['backward'] < 12
+    hopeless = Smallest(PGD(1e-9, steps=3), tries=4, eps=1e-8).run(net, x, y).passes
+    assert hopeless == {'forward': pytest.approx(1 + 16 * 10 / 12, abs=1e-3), 'backward': 10}, 'two are wrong already'
+    passes = [Smallest(PGD(steps=3, keep_going=keep), tries=4).run(net, x, y).passes for keep in (True, False)]
+    assert passes[0] == passes[1] and passes[0]['backward'] < 10, 'each try stops where it succeeds'
 
 
 @every_attack
@@ -418,6 +445,34 @@ def test_moons_have_no_bounds(attack):
     assert result.x_adv.min() < 0
 
 
+@pytest.mark.parametrize('attack', [DeepFool(), DeepFool(norm=L2()), CW(steps=20)], ids=lambda a: a.name)
+def test_values_a_rounding_outside_of_the_bounds(attack):
+    "Inputs are accepted up to 1e-6 beyond the bounds; what may not move stays there, and what is wrong already as a whole."
+    net = linear(6, 3)
+    x, y = samples(net, (6,), n=4)
+    x[:, 1], x[:, 4] = 1 + 5e-7, -5e-7
+    y = predictions(net(x).detach())
+    result = replace(attack, norm=type(attack.norm)(scale=torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0]))).run(net, x, y)
+    stays = torch.allclose(result.x_adv[:, [1, 4]], x[:, [1, 4]], atol=1e-6)
+    assert result.size.isfinite().all() and stays and result.success.any()
+    wrong = replace(attack, eps=0.0).run(net, x, (y + 1) % 3)
+    assert wrong.success.all() and not wrong.size.any() and torch.allclose(wrong.x_adv, x, atol=1e-6)
+
+
+def test_deepfool_leaves_alone_what_cannot_get_on():
+    net = linear(6, 3)
+    x, y = samples(net, (6,))
+    with torch.no_grad():
+        net[1].weight.zero_()
+        y = predictions(net(x))
+    assert DeepFool(halvings=0).run(net, x, y).passes == {'forward': 3, 'backward': 2}, 'no gradient, no second step'
+    net = linear(6, 3)
+    y = predictions(net(x).detach())
+    assert DeepFool(halvings=0, target=y).run(net, x, y).passes['backward'] == 0, 'their own targets'
+    met = (x.amin(0) * 0 + 0.3, x.amin(0) * 0 + 0.3)
+    assert DeepFool(halvings=0, bounds=met).run(net, 0 * x + 0.3, predictions(net(0 * x + 0.3).detach())).passes['forward'] == 3
+
+
 def test_one_logit_is_two_classes(batch):
     x, y = batch[0], batch[1] % 2
     one, two = linear(64, 1), linear(64, 2)
@@ -454,7 +509,7 @@ def test_targets(attack, net, batch):
 
 
 def test_smallest_takes_over_what_its_attack_says():
-    inner = PGD(0.5, steps=7, norm=L2(), loss='dlr', seed=4, target=2, keep_going=False, bounds=None)
+    inner = PGD(0.5, steps=7, norm=L2(), loss='dlr', seed=4, target=2, bounds=None)
     attack = Smallest(inner, eps=3.0)
     assert (attack.norm, attack.loss, attack.seed, attack.target, attack.keep_going) == (L2(), 'dlr', 4, 2, False)
     assert attack.bounds is None and attack.strength == 3.0 and attack.name == 'smallest PGD-7 L2 dlr to 2'
