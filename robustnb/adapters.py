@@ -141,7 +141,8 @@ class Foreign(Attack):
             object.__setattr__(self, 'norm', _norm(self.order))
         super().__post_init__()
         if not isinstance(self.eps, Real):
-            raise TypeError(f'{self.library} takes one number as eps, got a tensor of shape {tuple(self.eps.shape)}')
+            raise TypeError(f'{self.library} takes one eps for all samples, so what gives each sample an eps of its own, such as '
+                            f'Smallest and paths.explore, cannot use {self.word}')
 
     @property
     def word(self) -> str:

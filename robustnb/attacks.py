@@ -91,6 +91,8 @@ class Norm:
 
     def __post_init__(self):
         values = torch.as_tensor(self.scale)
+        if not isinstance(self.scale, Real | Tensor):
+            object.__setattr__(self, 'scale', values)  # of a list or an array
         if not ((values >= 0) & (values < inf)).all() or not (values > 0).any():
             raise ValueError('the scale of a norm must be finite, at least 0 everywhere and above 0 somewhere, got '
                              f'{self.scale}')
@@ -114,7 +116,8 @@ class Norm:
             return replace(self, scale=self.scale.to(x).expand(x.shape[1:]))
         except RuntimeError as error:
             shapes = tuple(self.scale.shape), tuple(x.shape[1:])
-            raise ValueError('a scale of shape {} does not fit samples of shape {}'.format(*shapes)) from error
+            raise ValueError('a scale of shape {} does not fit samples of shape {}; one for each channel is '
+                             'scale[:, None, None]'.format(*shapes)) from error
 
     def reach(self, eps: float | Tensor) -> float | Tensor:
         "How far each value may go."
@@ -227,6 +230,12 @@ def _slope(loss: Tensor, x: Tensor) -> Tensor:
     return gradient
 
 # %% ../nbs/20_attacks.ipynb #d783ef3e
+def _look_for_a_sigmoid(logits: Tensor, model: nn.Module) -> None:
+    "A note if a single output looks like a probability, of which a half, and not zero, is the boundary."
+    if _single(logits) and len(logits) > 8 and bool(((logits >= 0) & (logits <= 1)).all()):
+        _say_once('the single output of the model lies in [0, 1] for all of a batch. A logit is expected, positive for class 1; '
+                  'if there is a sigmoid at the end, take it away', id(model))
+
 def _check_answer(oracle: '_Oracle', logits: Tensor, batch: int) -> None:
     "An error for an output that does not fit the batch, and for classes that the model does not know."
     known = oracle.loss in LOSSES.values()  # a loss of your own reads outputs of its own
@@ -235,6 +244,7 @@ def _check_answer(oracle: '_Oracle', logits: Tensor, batch: int) -> None:
                          'classes). Where each sample has several answers, give a loss of your own, PGD(loss=...)')
     oracle.classes = 2 if _single(logits) else logits.shape[1]
     if known:
+        _look_for_a_sigmoid(logits, oracle.model)
         check_labels(oracle.y, len(oracle.y), oracle.classes)
         aims = oracle.y if oracle.target is None else oracle.target
         if len(aims) and not 0 <= int(aims.min()) <= int(aims.max()) < oracle.classes:
@@ -410,12 +420,12 @@ def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor 
         problem = Problem(attack, model, x if x.dtype == torch.float64 else x.float(), y, ids)
         yield problem
         if bool(problem.nan):
-            _say_once('the loss is NaN for some samples: the model computes NaN or infinity there, and a verdict on that means '
-                      'nothing')
+            _say_once(f'{attack.name}: the loss is NaN for some samples. The model computes NaN or infinity there, and a verdict '
+                      'on that means nothing', id(model))
         if int(problem.flat):
-            _say_once('the gradient of the loss is exactly zero for some samples where the attack starts, so it cannot climb: '
-                      "the outputs may be saturated (loss='dlr' or 'margin' helps) or the gradient masked. A failed attack "
-                      'is no sign of robustness then')
+            _say_once(f'{attack.name}: the gradient of the loss is exactly zero for some samples where the attack starts, so it '
+                      "cannot climb. The outputs may be saturated (loss='dlr' or 'margin' helps) or the gradient masked. A "
+                      'failed attack is no sign of robustness then', id(model))
 
 # %% ../nbs/20_attacks.ipynb #1674e3da
 def _concluded(problem: Problem, x_adv: Tensor, loss: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -557,6 +567,8 @@ def _where(take: Tensor, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[
     return tuple(torch.where(_column(take, one), one, other) for one, other in zip(a, b, strict=True))
 
 def _check_counts(attack: Attack) -> None:
+    if not all(isinstance(n, Integral) for n in (attack.steps, attack.restarts)):
+        raise TypeError(f'steps and restarts are whole numbers, got {attack.steps!r} and {attack.restarts!r}')
     if attack.steps < 1 or attack.restarts < 1:
         raise ValueError(f'{type(attack).__name__} needs at least one step and one climb, got steps={attack.steps}, '
                          f'restarts={attack.restarts}')
@@ -702,7 +714,7 @@ class WorstOf(Perturbation):
     eps: float | None = None  # strength of all of them; None leaves each its own
 
     def __post_init__(self):
-        object.__setattr__(self, 'attacks', tuple(self.attacks))
+        object.__setattr__(self, 'attacks', tuple(self.attacks) if isinstance(self.attacks, Sequence) else ())
         object.__setattr__(self, 'bounds', _common_bounds(self))
         if self.eps is not None:
             super().__post_init__()

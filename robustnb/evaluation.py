@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .attacks import Linf, predictions
+from .attacks import Attack, Linf, _look_for_a_sigmoid, predictions
 from .data import Batch, _in_memory, batches, bounds_of, steps_of
 from .devices import device_of, progress, sync
 from robustnb.guard import (
@@ -73,6 +73,7 @@ def _look_for_normalised_twice(model: nn.Module, x: Tensor) -> None:
 def _right(model: nn.Module, x: Tensor, y: Tensor, logits=None) -> Tensor:
     "Whether each sample is classified correctly, (batch,)."
     found = _logits(model, x, logits)
+    _look_for_a_sigmoid(found, model)
     classes = found.shape[1] if found.dim() == 2 and found.shape[1] > 1 else 2  # a single logit stands for two classes
     return predictions(found) == check_labels(y, len(x), classes)
 
@@ -365,6 +366,16 @@ def _look_over(data, batch_size: int) -> None:
         pass
 
 # %% ../nbs/21_evaluation.ipynb #5288307d
+def _say_what_cannot_be_compared(attacks: dict[str, Callable], eps: list[float] | None) -> None:
+    "A note if a strength means different things, or nothing."
+    norms = {type(a.norm).__name__ for a in attacks.values() if isinstance(a, Attack)}
+    if eps is not None and len(norms) > 1:
+        _say_once(f'the attacks measure in different norms, {" and ".join(sorted(norms))}, so the same eps is not the same size')
+    for name, attack in attacks.items():
+        if eps is None and _is_minimal(attack) and attack.strength == np.inf:
+            _say_once(f'{name} looks for the smallest change, however large, and leaves little right; eps=[...] gives the curve')
+
+# %% ../nbs/21_evaluation.ipynb #fab8f676
 def evaluate(
     model: nn.Module | Mapping[str, nn.Module],  # a classifier, or a dictionary name -> classifier; they come back as they were
     data,  # a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
@@ -379,6 +390,7 @@ def evaluate(
     models, bounds = _models(model, logits), bounds_of(data)
     attacks = named(attacks, bounds)
     eps = None if eps is None else np.atleast_1d(eps).astype(float).tolist()
+    _say_what_cannot_be_compared(attacks, eps)
     jobs, steps, done = _jobs(attacks, eps), steps_of(data, batch_size), []
     _look_over(data, batch_size)
     run = _Run(models, jobs, bounds, records)
@@ -462,7 +474,7 @@ def _bisected(right: Callable[[float], np.ndarray], wanted: float, low: float, t
         low = high
     else:
         raise ValueError(f'the accuracy is still {found[high]:.3g} at strength {high:g}, more than accuracy={wanted:g}: is the '
-                         'gradient masked, or are the steps too few? Else allow larger strengths with high=')
+                         "gradient masked, or the loss saturated (loss='margin' is not), or are the steps too few?")
     while True:
         best = min([low, high, *found], key=lambda strength: abs(found[strength] - wanted))  # one further off may come closer
         if abs(found[best] - wanted) <= near or high - low <= tolerance * high or len(found) > 60:

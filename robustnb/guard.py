@@ -127,7 +127,8 @@ def untouched(
     changed = [p.name for p in parameters if p.changed]
     if changed:
         raise RuntimeError(f'parameters were changed in place while the model was only lent: {", ".join(changed[:5])}'
-                           f'{" ..." if len(changed) > 5 else ""}; work on copy.deepcopy(model) instead')
+                           f'{" ..." if len(changed) > 5 else ""}; they stay changed, so load them again, and work on '
+                           'copy.deepcopy(model) instead')
 
 # %% ../nbs/03_guard.ipynb #74677fb8
 class Normalized(nn.Module):
@@ -188,8 +189,8 @@ def _part(output, name: str | int):
 log = logging.getLogger(__name__)
 
 @cache
-def _say_once(message: str) -> None:
-    "A note that should be seen, but not at every call."
+def _say_once(message: str, about: int | None = None) -> None:
+    "A note that should be seen, but not at every call; again for another thing, by the `id` of what it is about."
     log.warning(message)
 
 def _first_of(output) -> Tensor | None:

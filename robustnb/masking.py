@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .adapters import Foreign
 from .attacks import FGSM, L2, PGD, Attack, Linf, Problem, _counting, _lent, _worse, predictions
 from .blackbox import Square, Transfer
 from .data import DataSet, _in_memory, batches, bounds_of
@@ -267,12 +268,14 @@ def _noise(trial: Trial) -> Finding:
     return _against(trial, rival, 'The gradient is worse than chance. Do not trust any attack that follows it; use Square')
 
 # %% ../nbs/28_masking.ipynb #87235c49
-def _with_another_loss(attack: Attack) -> Attack:
-    "The same attack with another loss."
-    return replace(attack, loss=_other(attack.loss))
+def _with_another_loss(attack: Attack) -> Attack | None:
+    "The same attack with another loss; None if a library of its own chooses the loss."
+    return None if isinstance(attack, Foreign) else replace(attack, loss=_other(attack.loss))
 
 def _other_loss(trial: Trial) -> Finding:
     "Another loss does not fool many more."
+    if isinstance(trial.attack, Foreign):
+        return Finding(None, 'the loss is chosen by the library of the attack')
     rival = _with_another_loss(trial.attack)
     return _against(trial, rival, f'The loss is the culprit, not the model. Use loss={rival.loss!r}, or both: '
                     "WorstOf([APGD(), APGD(loss='dlr')])", share=0.1)
@@ -318,8 +321,11 @@ def _to_the_next(trial: Trial, problem: Problem) -> tuple[Tensor, Tensor]:
 def _within_reach(trial: Trial) -> tuple[float, np.ndarray]:
     "A strength at which a change that works is known, and for which samples it is, (n,) bool."
     way = _to_the_middle if _has_middle(trial.attack.bounds) else _to_the_next
-    sizes, works = zip(*(way(trial, problem) for problem in trial.problems('margin')), strict=True)
-    return float(torch.cat(sizes).max()) * 1.0001, torch.cat(works).cpu().numpy()  # a little more, for rounding
+    sizes, works = map(torch.cat, zip(*(way(trial, problem) for problem in trial.problems('margin')), strict=True))
+    if way is _to_the_next and works.any():  # one far-away sample must not set the scale for all
+        most = sizes[works].median()
+        return float(most) * 1.0001, (works & (sizes <= most)).cpu().numpy()
+    return float(sizes.max()) * 1.0001, works.cpu().numpy()  # a little more, for rounding
 
 # %% ../nbs/28_masking.ipynb #88891dad
 def _strengths(trial: Trial) -> list[float]:
@@ -338,8 +344,8 @@ def _rising(trial: Trial) -> Finding:
             f'{", ".join(str((~each).sum()) for each in fooled)} of {len(fooled[0])} right')
     falls = any(_stronger(less, more) for less, more in zip(fooled, fooled[1:], strict=False))
     return Finding(True, seen) if not falls else Finding(
-        False, seen, 'What a small eps allows, a larger one allows as well. The attack loses its way: try more and smaller '
-        'steps, random starts, another loss')
+        False, seen, "What a small eps allows, a larger one allows as well. The attack loses its way: try loss='margin', "
+        'which does not saturate far out, more and smaller steps, or APGD, which finds its own')
 
 # %% ../nbs/28_masking.ipynb #cabf5733
 def _reach(trial: Trial) -> Finding:

@@ -269,7 +269,7 @@ class CW(Attack):
 
     @property
     def name(self) -> str:
-        return 'CW' + _variant(FGSM(target=self.target))
+        return 'CW' + _variant(FGSM(norm=self.norm, target=self.target))
 
     def search(self, problem):
         clean, room = problem.gradient(problem.x), _room(problem.x, problem.bounds)

@@ -447,7 +447,7 @@ def test_settings_that_cannot_be_meant(net):
         (lambda: Torchattacks(Rude, 0.1, eps_as='epsilon'), ValueError, 'takes no epsilon'),
         (lambda: Torchattacks(Rude, 0.1, 3), TypeError, 'options are a dictionary'),
         (lambda: Torchattacks(Rude, -0.1), ValueError, 'at least 0'),
-        (lambda: Torchattacks(Rude, torch.tensor([0.1, 0.2])), TypeError, 'one number as eps'),
+        (lambda: Torchattacks(Rude, torch.tensor([0.1, 0.2])), TypeError, 'one eps for all samples'),
         (lambda: Foolbox(FoolboxLike, 0.1), TypeError, r'FoolboxLike\(\)'),
         (lambda: Foolbox(FixedEpsilonAttack()), ValueError, 'say which one, eps=...'),
         (lambda: Torchattacks(Rude, 0.1, norm='L2'), TypeError, 'norm takes an object'),

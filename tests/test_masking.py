@@ -351,7 +351,7 @@ def test_a_change_within_reach_is_one_that_works(honest, data):
 
     points = DataSet(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 1, 1]), bounds=None)
     apart = Trial(nn.Linear(1, 2), points, PGD(bounds=None))
-    assert _within_reach(apart)[0] == pytest.approx(3, rel=1e-3), 'of 1, 1 and 3 to the next of the other class'
+    assert _within_reach(apart)[0] == pytest.approx(1, rel=1e-3), 'the median of 1, 1 and 3 to the next of the other class'
 
 
 def test_neither_batch_size_nor_a_loader_matters(honest, data):
