@@ -286,7 +286,7 @@ class _Oracle:
         gradient = _slope(loss, x) if slope else None
         if slope and not self.rows['backward']:  # the first time
             idle = wrong if target is None else wrong | (target == y)
-            self.flat = ((gradient.flatten(1) == 0).all(1) & ~idle).sum()
+            self.flat = ((gradient.flatten(1).abs().amax(1) == 0) & ~idle).sum()
         self.rows['backward'] += len(x) if slope else 0
         if self.listen:
             self.listen(x.detach(), logits.detach())

@@ -165,7 +165,9 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 divided by the golden ratio, as a 
 
 def _shift(bits: Tensor, places: int) -> Tensor:
     "Shift right and fill with zeros. `>>` alone fills with the sign, and XLA's rounds negative numbers towards zero."
-    return ((bits & (2**63 - 1)) >> places) + (bits < 0) * (1 << (63 - places))
+    if is_xla(bits.device):
+        return ((bits & (2**63 - 1)) >> places) + (bits < 0) * (1 << (63 - places))
+    return (bits >> places).bitwise_and_((1 << (64 - places)) - 1)
 
 def _mix(bits: Tensor) -> Tensor:
     "SplitMix64's finaliser: each input bit changes about half of the output bits."
