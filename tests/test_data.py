@@ -398,7 +398,7 @@ ZEROS, PHOTOS = np.zeros((2, 2)), np.zeros((2, 8, 8, 3), dtype=np.uint8)
 
 # What people hand over -> what the error says: a piece of what was got, and of what to do.
 BAD_ARRAYS = {
-    'a NaN': (NAN, [0, 1], {}, 'NaN or infinity in sample 0; remove or repair'),
+    'a NaN': (NAN, [0, 1], {}, 'NaN or infinity in sample 0; repair them'),
     'an infinity, unbounded': (INF, [0, 1], {'bounds': None}, 'NaN or infinity in sample 1'),
     'above the bounds': (2 + ZEROS, [0, 1], {}, r'outside the bounds \(0, 1\)'),
     'normalised': (ZEROS - 1, [0, 1], {}, r'\[-1, -1\].*Normalized'),

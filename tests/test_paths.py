@@ -127,7 +127,7 @@ def test_round_trip_and_figures(tmp_path, kind):
     path = trace(PGD(0.2, steps=3), model, x, y)
     path.save(tmp_path / 'path.safetensors')
     again = Result.load(tmp_path / 'path.safetensors')
-    assert type(again) is AttackPath and again.dataset.identical(path.dataset) and again.settings == path.settings
+    assert type(again).__name__ == 'AttackPath' and again.dataset.identical(path.dataset) and again.settings == path.settings
     pictures = {png(again.plot(sample, point)) for sample, point in ((0, None), (0, 1), (2, None))}
     assert len(pictures | {png(path.plot(probabilities=True))}) == 4
     assert png(path.plot(point=3)) == png(again.plot()), 'the last point is the one that is returned'
