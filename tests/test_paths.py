@@ -14,7 +14,7 @@ from robustnb.blackbox import Square
 from robustnb.devices import seeded
 from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Gaussian
-from robustnb.paths import AttackPath, explore, trace
+from robustnb.paths import explore, trace
 from robustnb.plots import png
 from robustnb.results import Result
 
