@@ -23,17 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import L2, Attack, Linf, Norm, Problem
+from .attacks import L2, Attack, Linf, Norm, Problem, _two_columns
 from .devices import sample_uniform
 from .guard import _say_once, check_labels, logits_of, match_dtype
 from .noises import _into, perturb
-
-# %% ../nbs/26_adapters.ipynb #3c759266
-def _two_columns(logits: Tensor) -> Tensor:
-    "Logits of at least two classes: a single logit z becomes (0, z)."
-    if logits.dim() > 1 and logits.shape[1] > 1:
-        return logits
-    return torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1)
 
 # %% ../nbs/26_adapters.ipynb #db547db2
 class _Shown(nn.Module):

@@ -24,19 +24,24 @@ from .guard import _say_once, check_inputs, check_labels, logits_of, match_dtype
 from .noises import Perturbation, _ids, _into, _name_of, _unsaid, perturb
 
 # %% ../nbs/20_attacks.ipynb #0e68ab5e
-def predictions(
-    logits: Tensor,  # (batch, classes), or (batch,) or (batch, 1) for two classes
-) -> Tensor:  # (batch,) int64
-    "The predicted class of each sample; a single logit means class 1 where it is positive."
-    if logits.dim() == 1 or logits.shape[1] == 1:
-        return (logits.flatten() > 0).long()
-    return logits.argmax(1)
-
-# %% ../nbs/20_attacks.ipynb #9671e6f9
 def _single(logits: Tensor) -> bool:
     "Whether one logit stands for two classes."
     return logits.dim() == 1 or logits.shape[1] == 1
 
+def _two_columns(logits: Tensor) -> Tensor:
+    "Logits of at least two classes: a single logit z becomes (0, z)."
+    return torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1) if _single(logits) else logits
+
+# %% ../nbs/20_attacks.ipynb #9671e6f9
+def predictions(
+    logits: Tensor,  # (batch, classes), or (batch,) or (batch, 1) for two classes
+) -> Tensor:  # (batch,) int64
+    "The predicted class of each sample; a single logit means class 1 where it is positive."
+    if _single(logits):
+        return (logits.flatten() > 0).long()
+    return logits.argmax(1)
+
+# %% ../nbs/20_attacks.ipynb #db15d044
 def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     "Cross entropy per sample, binary where there is one logit."
     if _single(logits):
@@ -361,9 +366,7 @@ def _classes_to_aim_at(target, problem: Problem) -> Tensor | None:
     if isinstance(target, Integral | Tensor):
         return torch.full_like(problem.y, int(target))
     with torch.no_grad():
-        logits = problem.logits(problem.x)
-    if _single(logits):
-        logits = torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1)
+        logits = _two_columns(problem.logits(problem.x))
     return check_labels((TARGETS[target] if isinstance(target, str) else target)(logits, problem.y), len(logits), problem.classes)
 
 # %% ../nbs/20_attacks.ipynb #5738044c
@@ -703,8 +706,6 @@ def _counting(model: nn.Module) -> Iterator[dict[str, int]]:
         yield rows
     finally:
         handle.remove()
-
-
 
 # %% ../nbs/20_attacks.ipynb #9f143585
 @dataclass(frozen=True)

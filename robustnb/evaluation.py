@@ -7,10 +7,8 @@ __all__ = ['predict', 'accuracy', 'Evaluation', 'evaluate', 'calibrate']
 
 # %% ../nbs/21_evaluation.ipynb #a32de957
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -35,7 +33,7 @@ from robustnb.guard import (
     untouched,
     usable,
 )
-from .noises import Perturbation, _code_of_class, _outside, _plain_setting, named, perturb, settings_of
+from .noises import Perturbation, _outside, _plain_setting, _without_address, named, perturb, settings_of
 from .plots import curves, panels
 from .results import Records, Result, task_key
 from .stats import Interval, wilson
@@ -262,54 +260,6 @@ def _differences(table, correct: np.ndarray, a: str, b: str):
     gap = _mean((correct[pairs.index_x].astype(float) - correct[pairs.index_y]).T, (-1, 1))
     return pairs[shared].assign(difference=gap.value, low=gap.low, high=gap.high)
 
-# %% ../nbs/21_evaluation.ipynb #92560661
-_TORCH = frozenset(vars(nn.Module()))  # what PyTorch itself keeps in a module
-
-def _without_address(value) -> str:
-    "A value as it prints itself, without places in memory, which are others each time."
-    return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(value))
-
-def _facts(module: nn.Module) -> str:
-    "What decides how a module behaves in evaluation mode, apart from its parameters and buffers."
-    if isinstance(module, torch.jit.ScriptModule):
-        return str(getattr(module, 'inlined_graph', ''))  # a module without `forward` has none
-    own = {name: value for name, value in vars(module).items() if name not in _TORCH}
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    kind = type(module)
-    return _without_address([kind.__module__, kind.__qualname__, _code_of_class(kind, ()), _plain_setting([own, hooks])])
-
-# %% ../nbs/21_evaluation.ipynb #bb7b8475
-def _fingerprint(model: nn.Module) -> str:
-    "64 digits that change with every change of a model that can be seen."
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    return task_key({'tensors': _plain_setting(tensors), 'modules': {n: _facts(m) for n, m in model.named_modules()}})
-
-# %% ../nbs/21_evaluation.ipynb #69bef193
-def _parts(value) -> list:
-    "What an attack is made of: fields, members of a list, arguments, what a function closes over, attributes."
-    if isinstance(value, Mapping | list | tuple):
-        return list(value.values() if isinstance(value, Mapping) else value)
-    if isinstance(value, partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, type) or not (callable(value) or is_dataclass(value)):
-        return []
-    cells = [cell.cell_contents for cell in getattr(value, '__closure__', None) or ()]
-    return [*cells, getattr(value, '__self__', None), *getattr(value, '__dict__', {}).values()]
-
-def _known_as(attack: Callable) -> dict:
-    "The settings of an attack, and the fingerprints of the models in it."
-    models, left, seen = [], [attack], []
-    while left:
-        part = left.pop()
-        if any(part is other for other in seen):
-            continue
-        seen.append(part)
-        if isinstance(part, nn.Module):
-            models.append(_fingerprint(part))
-        else:
-            left += _parts(part)
-    return {'settings': settings_of(attack), 'models': models}
-
 # %% ../nbs/21_evaluation.ipynb #5be4bc1b
 def _recalled(store: Records, task: dict, judge: Callable[[], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     "What `judge()` finds, yes and no: from the store, or found now and kept there."
@@ -328,8 +278,8 @@ class _Run:
         self.models, self.jobs, self.bounds = models, jobs, bounds
         self.store = records if records is None or isinstance(records, Records) else Records(records)
         if self.store is not None:
-            self.fingerprints = {name: _fingerprint(model) for name, model in models.items()}
-            self.settings = [None if job.attack is None else _known_as(job.attack) for job in jobs]
+            self.known = {name: _plain_setting(model) for name, model in models.items()}
+            self.settings = [None if job.attack is None else settings_of(job.attack) for job in jobs]
 
     def over(self, batch: Sequence[Tensor], bar) -> np.ndarray:
         "Whether each sample of a batch is classified correctly in each case, (case, batch)."
@@ -345,7 +295,7 @@ class _Run:
 
     def task(self, model: str, job: int, digest: str) -> dict:
         "All that decides the outcome of a job on a batch."
-        return {'robustnb': __version__, 'model': self.fingerprints[model], 'batch': digest, 'attack': self.settings[job],
+        return {'robustnb': __version__, 'model': self.known[model], 'batch': digest, 'attack': self.settings[job],
                 'strengths': _plain_setting(self.jobs[job].strengths), 'bounds': _plain_setting(self.bounds)}
 
 # %% ../nbs/21_evaluation.ipynb #1269c9d1
@@ -528,9 +478,9 @@ class _Search:
 
 # %% ../nbs/21_evaluation.ipynb #79a3ee43
 def calibrate(
-    attack: Perturbation,  # a noise or an attack; its own strength is where the search begins
     model: nn.Module,  # a classifier; comes back as it was
     data,  # a `DataSet`, a pair (x, y), or a loader; walked over once for each strength that is tried
+    attack: Perturbation,  # a noise or an attack; its own strength is where the search begins
     accuracy: float = 0.5,  # share of correct predictions that is wanted
     low: float = 0.0,  # smallest strength
     high: float | None = None,  # largest strength; None doubles the attack's own until it is enough

@@ -9,6 +9,7 @@ __all__ = ['Perturbation', 'Noise', 'PixelNoise', 'Gaussian', 'Uniform', 'Speckl
 # %% ../nbs/19_noises.ipynb #fdc0fc50
 import dis
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import sample_normal, sample_uniform, sync
-from .guard import _outside, _range_in_words, _say_once, check_inputs, untouched
+from .guard import _TORCH, _outside, _range_in_words, _say_once, check_inputs, untouched
 
 # %% ../nbs/19_noises.ipynb #fd768c78
 class _Unsaid(tuple):
@@ -347,6 +348,28 @@ def _code_of_class(kind: type, above: tuple) -> dict:
     return {'code': _fingerprint(repr(methods).encode())} if methods else {}
 
 # %% ../nbs/19_noises.ipynb #d6e7057f
+def _without_address(value) -> str:
+    "A value as it prints itself, without places in memory, which are others each time."
+    return re.sub(r' at 0x[0-9a-fA-F]+', '', repr(value))
+
+def _facts(module: nn.Module, above: tuple) -> str:
+    "What decides how a module behaves in evaluation mode, apart from its parameters and buffers."
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, 'inlined_graph', ''))  # a module without `forward` has none
+    own = {name: value for name, value in vars(module).items() if name not in _TORCH}
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    kind, about = type(module), _plain_setting([own, hooks], (*above, module))
+    return _without_address([kind.__module__, kind.__qualname__, _code_of_class(kind, above), about])
+
+# %% ../nbs/19_noises.ipynb #60d7a5c6
+def _settings_of_model(model: nn.Module, above: tuple) -> dict:
+    "The class of a model, and a fingerprint that changes with every change of it that can be seen."
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    modules = [(name, _facts(module, above)) for name, module in model.named_modules()]
+    known = repr([_plain_setting(tensors), modules])
+    return {'module': type(model).__qualname__, 'values': _fingerprint(known.encode())}
+
+# %% ../nbs/19_noises.ipynb #5a445d74
 def _plain_setting(value, above: tuple = ()):
     "A setting as None, bool, number, word, list or dict; `above` are the values that it is a part of."
     if value is None or isinstance(value, bool | int | str):
@@ -357,8 +380,7 @@ def _plain_setting(value, above: tuple = ()):
         return f'the {getattr(value, "__qualname__", type(value).__name__)} around it'
     above = (*above, value)
     if isinstance(value, nn.Module):
-        known = f'{value!r}{_plain_setting(value.state_dict())}'
-        return {'module': type(value).__qualname__, 'values': _fingerprint(known.encode())}
+        return _settings_of_model(value, above)
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'biufc'):
         values = torch.as_tensor(value).detach().cpu().contiguous()
         data = values.view(torch.uint8).numpy() if values.dim() else repr(values.item()).encode()

@@ -29,7 +29,7 @@ from robustnb.attacks import (
     _concluded,
     _lent,
     _passes,
-    _single,
+    _two_columns,
     _value,
     _wrong,
 )
@@ -46,7 +46,7 @@ def _two_classes(logits: Tensor) -> Tensor:
     "Logits (batch, classes); a single one becomes those of two classes."
     if logits.dim() > 2:
         raise ValueError(f'a path shows one class per sample, got logits of shape {tuple(logits.shape)}')
-    return torch.stack([torch.zeros_like(logits.flatten()), logits.flatten()], 1) if _single(logits) else logits
+    return _two_columns(logits)
 
 # %% ../nbs/27_paths.ipynb #58b49d9f
 class _Trail:
@@ -186,10 +186,10 @@ def _followable(attack) -> Attack:
 
 # %% ../nbs/27_paths.ipynb #2ea67b08
 def trace(
-    attack: Attack,  # any attack of `robustnb.attacks`, or your own subclass
     model: nn.Module,  # a classifier; comes back as it was
     x: Tensor,  # (batch, ...) inputs inside the attack's bounds: one sample or a few
     y: Tensor,  # (batch,) true classes
+    attack: Attack,  # any attack of `robustnb.attacks`, or your own subclass
     ids: Tensor | None = None,  # (batch,) place of each sample in its data set; 0, 1, 2 ... if None
     classes: Sequence[str] | None = None,  # names of the classes, for figures and tables
     logits: str | int | Callable | None = None,  # where the logits are in the model's output, see `logits_of`
@@ -511,7 +511,7 @@ def _make_bundle(attacks: dict[str, Attack], norms: dict[str, Norm], strengths: 
         attack, norm = attacks[pair[0]], norms[pair[1]]
         eps = torch.tensor(strengths[pair[1]], dtype=kind, device=device_of(model))
         attack = replace(attack.at(eps.view(like)), norm=norm)
-        data = trace(attack, model, several, labels, ids, classes).dataset
+        data = trace(model, several, labels, attack, ids, classes).dataset
         where = bundle.places[pair] = _kept(data.sizes['point'], most)
         bundle.changes[pair] = (data['points'].values[where] - data['x'].values).astype(np.float16)
         two = data['points'] if x.shape[1:] == (2,) else None

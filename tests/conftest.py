@@ -31,3 +31,16 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f'no real data: {folder} is not a folder (ROBUSTNB_DATA names another one)')
     return folder
+
+
+@pytest.fixture(scope='module')
+def net():
+    "A small network for 8x8 images and four classes, with what makes attacks stumble: batch norm and dropout."
+    from torch import nn
+
+    from robustnb.devices import seeded
+
+    with seeded(0):
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(288, 4)
+        )

@@ -39,14 +39,6 @@ def norm_of(attack):
 
 
 @pytest.fixture(scope='module')
-def net():
-    with seeded(0):
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(288, 4)
-        )
-
-
-@pytest.fixture(scope='module')
 def batch():
     generator = torch.Generator().manual_seed(1)
     return torch.rand(12, 1, 8, 8, generator=generator), torch.randint(0, 4, (12,), generator=generator)

@@ -149,7 +149,7 @@ def test_broken_samples_are_named_before_anything_is_computed(net, data, value):
 
     for run in (
         lambda d: evaluate(net, d, counted, batch_size=10, show_progress=False),
-        lambda d: calibrate(FGSM(), net, d, batch_size=10, show_progress=False),
+        lambda d: calibrate(net, d, FGSM(), batch_size=10, show_progress=False),
     ):
         with pytest.raises(ValueError, match='in 2 of the samples 30 to 39: 33, 35. .*usable'):
             run(DataSet(x, data.y))
@@ -384,7 +384,7 @@ def test_the_minimal_attacks_that_there_are(net, data, attack):
             assert (row == ~(small | (net(data.x).argmax(1) != data.y)).numpy()).all()
             alone = evaluate(net, data, attack, [at], show_progress=False).dataset['correct'].values[-1]
             assert (alone == row).mean() >= 0.95
-    at = calibrate(attack, net, data, 0.6, show_progress=False)
+    at = calibrate(net, data, attack, 0.6, show_progress=False)
     share = evaluate(net, data, at, show_progress=False).table().accuracy[1]
     assert abs(share - 0.6) <= (2.001 if isinstance(attack, Smallest) else 1.001) / 40
 
@@ -401,10 +401,10 @@ def test_transferred_and_joined_minimal_attacks_keep_to_each_strength(nets, data
 @pytest.mark.parametrize('wanted', [0.7, 0.5, 0.2, 0.0])
 def test_calibrated_on_a_line(line, plane, distance, wanted):
     for attack in (FGSM(bounds=None), FGSM(0.001), FGSM(3.0, bounds=None), OverTheLine()):
-        found = calibrate(attack, line, plane, wanted, show_progress=False)
+        found = calibrate(line, plane, attack, wanted, show_progress=False)
         assert abs(np.mean(distance > found.eps) - wanted) <= 1.001 / 60 and type(found) is type(attack)
     OverTheLine.runs.clear()
-    assert calibrate(OverTheLine(), line, plane, wanted, batch_size=60, show_progress=False).eps == found.eps
+    assert calibrate(line, plane, OverTheLine(), wanted, batch_size=60, show_progress=False).eps == found.eps
     assert len(OverTheLine.runs) == 1
 
 
@@ -416,7 +416,7 @@ def test_calibrated_attacks_do_what_was_wanted(net, data, attack):
         [(data.x[:15], data.y[:15]), (data.x[15:], data.y[15:])],
         DataLoader(data, batch_size=9),
     )
-    found = [calibrate(attack, net, form, 0.7, batch_size=16, show_progress=False) for form in forms]
+    found = [calibrate(net, form, attack, 0.7, batch_size=16, show_progress=False) for form in forms]
     assert found[0] == found[1] == found[2] == found[3]
     assert abs(evaluate(net, data, found[0], show_progress=False).table().accuracy[1] - 0.7) <= 1.001 / 40
 
@@ -426,7 +426,7 @@ def test_calibration_in_units_of_a_scale(net, data):
     scale = torch.full((1, 8, 8), 0.05)
     scale[0, 0] = 0
     for norm in (Linf(0.05), Linf(scale)):
-        found = calibrate(PGD(steps=5, norm=norm), net, data, 0.2, show_progress=False)
+        found = calibrate(net, data, PGD(steps=5, norm=norm), 0.2, show_progress=False)
         assert 1 < found.eps < 20
 
 
@@ -442,12 +442,12 @@ def test_calibration_takes_the_nearest_that_it_has_seen(line):
             return torch.where(ids[:, None] < wrong, 1 - x, x)
 
     data = (torch.tensor([[1.0, 1.0], [0.0, 0.0]] * 10), torch.tensor([1, 0] * 10))
-    assert calibrate(Fickle(), line, data, 0.48, show_progress=False).eps == pytest.approx(0.1)
+    assert calibrate(line, data, Fickle(), 0.48, show_progress=False).eps == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize('attack', [Poisson(), SaltPepper(0.9), WorstOf([FGSM(), Gaussian()])], ids=lambda a: a.name)
 def test_other_fields_of_strength(net, data, attack):
-    found = calibrate(attack, net, data, 0.6, show_progress=False)
+    found = calibrate(net, data, attack, 0.6, show_progress=False)
     assert abs(evaluate(net, data, found, show_progress=False).table().accuracy[1] - 0.6) <= 1.001 / 40
 
 
@@ -455,15 +455,15 @@ def test_wanted_accuracies_that_cannot_be_had(net, data, line, plane):
     quiet = {'show_progress': False}
     for attack in (FGSM(), OverTheLine()):
         with pytest.raises(ValueError, match='accuracy=0.95 is more than the .* at strength 0'):
-            calibrate(attack, *((line, plane) if attack.minimal else (net, data)), 0.95, **quiet)
+            calibrate(*((line, plane) if attack.minimal else (net, data)), attack, 0.95, **quiet)
     with pytest.raises(ValueError, match='more than the .* at strength 0.5'):
-        calibrate(FGSM(), net, data, 0.75, low=0.5, **quiet)
+        calibrate(net, data, FGSM(), 0.75, low=0.5, **quiet)
     with pytest.raises(ValueError, match='is still .* at strength 0.001'):
-        calibrate(FGSM(), net, data, 0.1, high=0.001, **quiet)
+        calibrate(net, data, FGSM(), 0.1, high=0.001, **quiet)
     with pytest.raises(ValueError, match='is still .* after the whole search'):
-        calibrate(OverTheLine(), line, plane, 0.1, high=0.01, **quiet)
+        calibrate(line, plane, OverTheLine(), 0.1, high=0.01, **quiet)
     with pytest.raises(ValueError, match='is still 0.8 at strength'):
-        calibrate(Nothing(), net, data, **quiet)
+        calibrate(net, data, Nothing(), **quiet)
 
 
 @dataclass(frozen=True)
@@ -488,7 +488,7 @@ class Cliff(Noise):
 
 def test_calibration_ends_at_a_cliff(line):
     data = (torch.tensor([[1.0, 1.0], [0.0, 0.0]] * 10), torch.tensor([1, 0] * 10))
-    found = calibrate(Cliff(), line, data, 0.5, tolerance=0.01, show_progress=False)
+    found = calibrate(line, data, Cliff(), 0.5, tolerance=0.01, show_progress=False)
     assert abs(found.eps - 0.3) <= 0.01
 
 
@@ -502,14 +502,14 @@ def test_what_cannot_be_calibrated(net, data):
         (Gaussian(torch.tensor([0.1, 0.2])), TypeError, 'a strength for each value'),
     ]:
         with pytest.raises(kind, match=words):
-            calibrate(attack, net, data)
+            calibrate(net, data, attack)
     with pytest.raises(TypeError, match='once for each strength'):
-        calibrate(FGSM(), net, iter([(data.x, data.y)]))
+        calibrate(net, iter([(data.x, data.y)]), FGSM())
     for wrong in ({'accuracy': 50}, {'low': -1}, {'low': 0.2, 'high': 0.1}):
         with pytest.raises(ValueError, match='share between|strengths run from'):
-            calibrate(FGSM(), net, data, **wrong)
+            calibrate(net, data, FGSM(), **wrong)
     with pytest.raises(ValueError, match='empty'):
-        calibrate(FGSM(), net, (data.x[:0], data.y[:0]), show_progress=False)
+        calibrate(net, (data.x[:0], data.y[:0]), FGSM(), show_progress=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- records

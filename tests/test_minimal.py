@@ -43,14 +43,6 @@ LINEAR = [
 
 
 @pytest.fixture(scope='module')
-def net():
-    with seeded(0):
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(288, 4)
-        )
-
-
-@pytest.fixture(scope='module')
 def batch(net):
     "Twelve images; the network is right about most of them."
     generator = torch.Generator().manual_seed(1)

@@ -72,7 +72,7 @@ def samples(kind: str, n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_path_is_that_of_the_attack(kind, attack):
     model, (x, y), ids = network(kind), samples(kind), torch.tensor([4, 9, 2])
     whole = replace(attack, keep_going=True)
-    outcome, path = whole.run(model, x, y, ids), trace(attack, model, x, y, ids)
+    outcome, path = whole.run(model, x, y, ids), trace(model, x, y, attack, ids)
     data = path.dataset
     assert torch.equal(torch.from_numpy(path.x_adv), outcome.x_adv)
     assert path.settings['passes'] == outcome.passes
@@ -88,7 +88,7 @@ def test_the_path_is_that_of_the_attack(kind, attack):
 @every_kind
 def test_logits_are_those_of_the_model(kind):
     model, (x, y) = network(kind), samples(kind)
-    path = trace(PGD(0.2, steps=4), model, x, y)
+    path = trace(model, x, y, PGD(0.2, steps=4))
     with torch.no_grad():
         for point, logits in zip(path.dataset['points'].values, path.dataset['logits'].values, strict=True):
             expected = model(torch.from_numpy(point)).numpy()
@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_model(kind):
 
 def test_one_logit_has_the_loss_of_two():
     model, (x, y) = network('one logit'), samples('one logit')
-    data = trace(PGD(0.2, steps=4), model, x, y).dataset
+    data = trace(model, x, y, PGD(0.2, steps=4)).dataset
     two = torch.from_numpy(data['logits'].values).flatten(0, 1)
     expected = nn.functional.cross_entropy(two, y.repeat(5), reduction='none')
     np.testing.assert_allclose(data['loss'].values.ravel(), expected.numpy(), rtol=1e-5)
@@ -110,7 +110,7 @@ def test_one_logit_has_the_loss_of_two():
 
 def test_the_table():
     model, (x, y) = network('image'), samples('image')
-    path = trace(APGD(0.2, steps=6), model, x, y, ids=torch.tensor([4, 9, 2]), classes=tuple('abcde'))
+    path = trace(model, x, y, APGD(0.2, steps=6), ids=torch.tensor([4, 9, 2]), classes=tuple('abcde'))
     table = path.table()
     assert list(table) == ['sample', 'point', 'size', 'loss', 'seen', 'wrong', 'probability', 'returned']
     assert table['sample'].unique().tolist() == [4, 9, 2] and len(table) == 3 * 7
@@ -124,7 +124,7 @@ def test_the_table():
 @every_kind
 def test_round_trip_and_figures(tmp_path, kind):
     model, (x, y) = network(kind), samples(kind)
-    path = trace(PGD(0.2, steps=3), model, x, y)
+    path = trace(model, x, y, PGD(0.2, steps=3))
     path.save(tmp_path / 'path.safetensors')
     again = Result.load(tmp_path / 'path.safetensors')
     assert type(again).__name__ == 'AttackPath' and again.dataset.identical(path.dataset) and again.settings == path.settings
@@ -137,7 +137,7 @@ def test_the_model_is_left_alone():
     model, (x, y) = network('image'), samples('image')
     model[1].train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trace(PGD(0.2, steps=3), model, x, y)
+    trace(model, x, y, PGD(0.2, steps=3))
     explore(model, x[:1], y[:1], PGD(steps=2), [0.1, 0.2], show_progress=False).static()
     assert model[1].training and not model[0].training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -156,7 +156,7 @@ def test_an_attack_of_your_own():
             return problem.project(problem.x + problem.eps), (problem.x.new_zeros(len(problem.x)),) * 2
 
     model, (x, y) = network('table'), samples('table')
-    path = trace(Corner(), model, x, y)
+    path = trace(model, x, y, Corner())
     assert path.dataset.sizes['point'] == 2 and (path.dataset['returned'] == 1).all()
     np.testing.assert_array_equal(path.x_adv, (x + 0.1).clamp(max=1).numpy())
 
@@ -165,7 +165,7 @@ def test_an_attack_of_your_own():
                          ids=lambda a: a.name)  # fmt: skip
 def test_attacks_of_other_rooms_have_paths_too(attack):
     model, (x, y) = network('table'), samples('table')
-    path = trace(attack, model, x, y)
+    path = trace(model, x, y, attack)
     np.testing.assert_allclose(path.x_adv, attack(model, x, y).numpy(), atol=1e-5)
     assert np.isfinite(path.dataset['loss'].values).all() and path.dataset.sizes['point'] > 1
     png(path.plot())
@@ -173,7 +173,7 @@ def test_attacks_of_other_rooms_have_paths_too(attack):
 
 def test_a_sample_that_is_its_own_target_stays():
     model, (x, y) = network('table'), samples('table')
-    path = trace(PGD(0.2, steps=3, target=int(y[0])), model, x, y)
+    path = trace(model, x, y, PGD(0.2, steps=3, target=int(y[0])))
     np.testing.assert_array_equal(path.x_adv[0], x[0].numpy())
     assert not path.dataset['wrong'].values[-1, 0]
 
@@ -181,13 +181,13 @@ def test_a_sample_that_is_its_own_target_stays():
 @pytest.mark.parametrize(
     'call, error, message',
     [
-        (lambda m, x, y: trace(Gaussian(0.1), m, x, y), TypeError, 'only an attack of robustnb.attacks has a path'),
-        (lambda m, x, y: trace(WorstOf([FGSM(), PGD()]), m, x, y), TypeError, 'Trace its members one by one'),
-        (lambda m, x, y: trace(FGSM(), m, x[:0], y[:0]), ValueError, 'the batch is empty'),
-        (lambda m, x, y: trace(FGSM(), m, x, y[:1]), ValueError, 'labels have shape'),
-        (lambda m, x, y: trace(FGSM(), m, x + 3, y), ValueError, 'outside the bounds'),
-        (lambda m, x, y: trace(FGSM(0.1), m, x, y).plot(point=7), IndexError, 'out of range'),
-        (lambda m, x, y: trace(FGSM(0.1), m, x, y).explore(), TypeError, 'an explorer needs the model'),
+        (lambda m, x, y: trace(m, x, y, Gaussian(0.1)), TypeError, 'only an attack of robustnb.attacks has a path'),
+        (lambda m, x, y: trace(m, x, y, WorstOf([FGSM(), PGD()])), TypeError, 'Trace its members one by one'),
+        (lambda m, x, y: trace(m, x[:0], y[:0], FGSM()), ValueError, 'the batch is empty'),
+        (lambda m, x, y: trace(m, x, y[:1], FGSM()), ValueError, 'labels have shape'),
+        (lambda m, x, y: trace(m, x + 3, y, FGSM()), ValueError, 'outside the bounds'),
+        (lambda m, x, y: trace(m, x, y, FGSM(0.1)).plot(point=7), IndexError, 'out of range'),
+        (lambda m, x, y: trace(m, x, y, FGSM(0.1)).explore(), TypeError, 'an explorer needs the model'),
         (lambda m, x, y: explore(m, x, y), ValueError, r'one sample: x\[:1\] and y\[:1\], or x\[0\] and y\[0\]'),
         (lambda m, x, y: explore(m, x[0], y), ValueError, 'one sample'),
         (lambda m, x, y: explore(m, x[0], y[0], WorstOf()), TypeError, 'Trace its members'),
@@ -216,7 +216,7 @@ def test_questions_about_some_samples_have_no_path():
             return problem.x, None
 
     with pytest.raises(ValueError, match='asks about 1 inputs at once, for 3 samples'):
-        trace(Some(), network('table'), *samples('table'))
+        trace(network('table'), *samples('table'), Some())
 
 
 # ---------------------------------------------------------------------------------------------------------- explorer
@@ -251,7 +251,7 @@ def test_one_batch_of_strengths_equals_separate_runs(spied, attack, norm):
     model, x = model.double(), x.double()
     explorer = explore(model, x[0], y[0], attack, eps, [norm], sample=5, show_progress=False)
     for e in eps:
-        alone = trace(replace(attack.at(e), norm=norm), model, x[:1], y[:1], torch.tensor([5])).dataset.isel(sample=0)
+        alone = trace(model, x[:1], y[:1], replace(attack.at(e), norm=norm), torch.tensor([5])).dataset.isel(sample=0)
         explorer.static(eps=e)
         view = spied[-1]
         np.testing.assert_allclose(view.logits, alone['logits'].values, rtol=1e-9, atol=1e-12)

@@ -21,8 +21,9 @@ from run_notebooks import MACHINE_PATH, NBS, ROOT, directives, notebooks, size_l
 PACKAGE = ROOT / 'robustnb'
 # A module imports only from those before it.
 ORDER = (
-    'devices stats measures guard probes plots widgets results data models noises attacks evaluation training sweeps '
-    'minimal blackbox adapters paths masking lsa coverage surprise attribution idc studies synaptic anpvs report cli'
+    'devices stats measures guard probes plots widgets results data models checkpoints distributed noises attacks '
+    'evaluation training sweeps minimal blackbox adapters paths masking defences lsa coverage surprise attribution idc '
+    'studies synaptic anpvs report cli'
 ).split()
 ONLY_WHERE_USED = {'torchvision', 'captum', 'xarray', 'seaborn', 'sklearn'}  # imported by the functions that need them
 MAX_LINES, MEDIAN_LINES, MIN_WORDS = 40, 12, 400
