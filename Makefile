@@ -2,6 +2,7 @@
 #
 #   make tour               one model through everything, in .venv under constraints.txt
 #   make test               the tests, in the same .venv
+#   make test-colab         the tests on what Google Colab has, in .venv-colab
 #
 # Each target installs what it needs, once: a second call installs nothing.
 # TORCH_INDEX names one more package index, for machines without a GPU that should not download CUDA:
@@ -11,6 +12,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_VENV ?= .venv-bench
+COLAB_VENV ?= .venv-colab
+# Colab's Python. Under pyenv the name alone may be refused while another version is chosen.
+COLAB_PYTHON ?= $(shell for python in python3.13 "$$(pyenv root 2>/dev/null)"/versions/3.13*/bin/python3.13; do \
+	"$$python" -c '' 2>/dev/null && echo "$$python" && break; done)
+CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 ARGS ?=
 NB ?=
@@ -20,21 +26,22 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 DECLARED := settings.ini setup.py constraints.txt
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 BENCH := $(VENV)/.installed-bench
+COLAB := $(VENV)/.installed-colab
 # Present while pip writes, and left there when it is interrupted or killed: then the files cannot be trusted.
 UNFINISHED := $(VENV)/.install-unfinished
 
-# $(call install,what to tell,requirement)
+# $(call install,what to tell,requirements)
 define install
 	@echo 'robustnb: installing $(1) into $(VENV) (once; a few minutes on a fast line)'
 	@touch $(UNFINISHED)
-	@trap 'exit 130' INT TERM; $(INSTALL) -e '$(2)'; status=$$?; \
+	@trap 'exit 130' INT TERM; $(INSTALL) $(2); status=$$?; \
 		[ $$status -gt 2 ] || rm -f $(UNFINISHED); \
 		exit $$status
 	@touch $@
@@ -52,6 +59,13 @@ tour: $(RUNTIME)  ## one model through everything; ARGS='--help' shows its optio
 .PHONY: test
 test: $(DEV)  ## the package equals its notebooks, every notebook runs, every test passes; ARGS='-k lsa' picks
 	@$(BIN)/python -m pytest -m 'not slow' --durations=15 $(ARGS)
+
+# PYTHONSAFEPATH: what is tested is the installed wheel, so nothing may put the working tree on the import path.
+.PHONY: test-colab
+test-colab: colab-env  ## the same on the versions Google Colab has, from the wheel as a user installs it, in .venv-colab
+	@$(COLAB_VENV)/bin/python tools/colab.py install
+	@PYTHONSAFEPATH=1 $(COLAB_VENV)/bin/python -m pytest -m 'not slow' -o norecursedirs='.* bench' \
+		--durations=15 $(ARGS)
 
 .PHONY: lab
 lab: $(DEV)  ## JupyterLab on the notebooks
@@ -78,13 +92,20 @@ bench: bench-env  ## how long attacks take here, in torchattacks, foolbox and AR
 bench-env:
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) $(BENCH_VENV)/.installed-bench
 
+.PHONY: colab-env
+colab-env:
+	@$(MAKE) --no-print-directory VENV=$(COLAB_VENV) PYTHON='$(COLAB_PYTHON)' CONSTRAINTS=constraints-colab.txt \
+		$(COLAB_VENV)/.installed-colab
+
 .PHONY: env
 env: $(DEV)  ## install only
 
 .PHONY: clean-env
-clean-env:  ## remove the environment
-	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo '$(VENV) is not a virtual environment'; exit 1; }
-	rm -rf $(VENV)
+clean-env:  ## remove the environments
+	@for venv in $(VENV) $(BENCH_VENV) $(COLAB_VENV); do \
+		test ! -e $$venv || test -f $$venv/pyvenv.cfg || { echo "$$venv is not a virtual environment"; exit 1; }; \
+	done
+	rm -rf $(VENV) $(BENCH_VENV) $(COLAB_VENV)
 
 $(RUNTIME): $(DECLARED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -92,13 +113,22 @@ $(RUNTIME): $(DECLARED)
 		exit 1; }
 	@test ! -e $(UNFINISHED) || { echo 'robustnb: the last install was cut short, starting afresh'; rm -rf $(VENV); }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(call install,what run time needs,.)
+	$(call install,what run time needs,-e .)
 
 $(DEV): $(RUNTIME)
-	$(call install,what development needs,.[dev])
+	$(call install,what development needs,-e '.[dev]')
 
 $(DOCS): $(DEV)
-	$(call install,what the site needs,.[docs])
+	$(call install,what the site needs,-e '.[docs]')
 
 $(BENCH): $(RUNTIME)
-	$(call install,the libraries to compare with,.[bench])
+	$(call install,the libraries to compare with,-e '.[bench]')
+
+# Never mended, always made afresh: what is there must be what Colab has, and nothing else.
+$(COLAB): constraints-colab.txt
+	@test -n '$(PYTHON)' && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 13))' || { \
+		echo 'robustnb: Colab has Python 3.13, and there is none here. Name one: make test-colab COLAB_PYTHON=/path/to/python3.13'; \
+		exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	$(call install,what Colab has,-r constraints-colab.txt hypothesis)
+	@$(BIN)/python tools/colab.py record

@@ -78,8 +78,18 @@ def _dlr_towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     return lead[:, 0] / _spread(first - (third + fourth) / 2)
 
 # %% ../nbs/20_attacks.ipynb #5f3c01cc
-# name -> function (logits, y) -> (batch,)
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {'ce': _cross_entropy, 'margin': _margin, 'dlr': _dlr}
+def _divergence(logits: Tensor, y: Tensor, clean: Tensor) -> Tensor:
+    "Kullback-Leibler divergence of the prediction from the clean one, whatever the labels are."
+    log_p, log_q = (F.log_softmax(_two_columns(each), 1) for each in (clean, logits))
+    p = (log_p - log_p.logsumexp(1, keepdim=True)).exp()  # and not softmax: the same steps as in the gradient of `total`
+    total = log_q.logsumexp(1)  # zero but for rounding; without it p, which does not quite add up to 1, would leave a gradient
+    return (p * torch.where(p > 0, log_p - log_q, 0)).sum(1) + total - total.detach()
+
+_divergence.relative = True  # it is called with the clean logits, too
+
+# %% ../nbs/20_attacks.ipynb #4e3e8985
+# name -> function (logits, y) -> (batch,), or (logits, y, clean) if it is marked as relative
+LOSSES: dict[str, Callable[..., Tensor]] = {'ce': _cross_entropy, 'margin': _margin, 'dlr': _dlr, 'kl': _divergence}
 
 # %% ../nbs/20_attacks.ipynb #88312075
 # name -> function (logits, y) -> (batch,) classes to aim at
@@ -207,12 +217,18 @@ class L2(Norm):
         return (self.scale * gradient).flatten(1).norm(dim=1)
 
 # %% ../nbs/20_attacks.ipynb #3db06f34
-def _value(loss: Callable, logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
-    "What an attack climbs, (batch,)."
-    if target is None:
-        value = loss(logits, y)
-    else:
+def _is_relative(loss: str | Callable) -> bool:
+    "Whether a loss compares with the output at the clean inputs."
+    return getattr(LOSSES.get(loss) if isinstance(loss, str) else loss, 'relative', False)
+
+def _value(problem: 'Problem', logits: Tensor, rows=slice(None)) -> Tensor:
+    "What an attack climbs, for the samples `rows`, (rows,)."
+    loss, y = problem.loss, problem.y[rows]
+    if problem.target is not None:
+        target = problem.target[rows]
         value = _dlr_towards(logits, y, target) if loss is _dlr else -loss(logits, target)
+    else:
+        value = loss(logits, y, problem.clean[rows]) if _is_relative(loss) else loss(logits, y)
     if value.shape != (len(logits),):
         raise ValueError(f'the loss must give one value per sample, shape ({len(logits)},), got {tuple(value.shape)}')
     return value
@@ -287,7 +303,7 @@ class _Oracle:
         with torch.set_grad_enabled(slope):
             logits = self.logits(x)
             y, target = self.y[rows], None if self.target is None else self.target[rows]
-            loss, wrong = _value(self.loss, logits, y, target), _wrong(logits, y, target)
+            loss, wrong = _value(self, logits, rows), _wrong(logits, y, target)
         gradient = _slope(loss, x) if slope else None
         if slope and not self.rows['backward']:  # the first time
             idle = wrong if target is None else wrong | (target == y)
@@ -315,7 +331,7 @@ class Problem(_Oracle):
         self.x, self.ids, self.seed, self.bounds = x, ids, attack.seed, attack.bounds
         self.norm, self.eps = attack.norm.on(x), _eps_for(x, getattr(attack, 'eps', inf))
         self.project = self.norm.ball(x, self.eps, self.bounds)  # points -> the nearest ones that are allowed
-        self.target = _classes_to_aim_at(attack.target, self)
+        self.target, self.clean = _classes_to_aim_at(attack.target, self), _compared_with(self)
         if self.target is not None:
             self.project = _staying(self.target == y, x, self.project)  # what is its own target has nowhere to go
         self.stops, self.fixed_shape = not attack.keep_going, is_xla(x.device)
@@ -368,6 +384,14 @@ def _classes_to_aim_at(target, problem: Problem) -> Tensor | None:
     with torch.no_grad():
         logits = _two_columns(problem.logits(problem.x))
     return check_labels((TARGETS[target] if isinstance(target, str) else target)(logits, problem.y), len(logits), problem.classes)
+
+# %% ../nbs/20_attacks.ipynb #139242cd
+def _compared_with(problem: Problem) -> Tensor | None:
+    "What the model says of the clean inputs, (batch, classes), if the loss wants to know."
+    if not _is_relative(problem.loss) or not len(problem.x):
+        return None
+    with torch.no_grad():
+        return problem.logits(problem.x)
 
 # %% ../nbs/20_attacks.ipynb #5738044c
 def _ask_open_rows(problem: Problem, x_adv: Tensor, slope: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -426,8 +450,10 @@ def _lent(attack: 'Attack', model: nn.Module, x: Tensor, y: Tensor, ids: Tensor 
             _say_once(f'{attack.name}: the loss is NaN for some samples. The model computes NaN or infinity there, and a verdict '
                       'on that means nothing', id(model))
         if int(problem.flat):
+            cause = ('If it starts at the clean inputs, that is the nature of a loss that compares with the output there: start '
+                     'at random. Otherwise the' if _is_relative(attack.loss) else 'The')
             _say_once(f'{attack.name}: the gradient of the loss is exactly zero for some samples where the attack starts, so it '
-                      "cannot climb. The outputs may be saturated (loss='dlr' or 'margin' helps) or the gradient masked. A "
+                      f"cannot climb. {cause} outputs may be saturated (loss='dlr' or 'margin' helps) or the gradient masked. A "
                       'failed attack is no sign of robustness then', id(model))
 
 # %% ../nbs/20_attacks.ipynb #1674e3da
@@ -459,7 +485,7 @@ def _rounded(x_adv: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 @dataclass(frozen=True)
 class Attack(Perturbation):
     "A perturbation that climbs the model's loss. Subclasses define `search`."
-    loss: str | Callable = field(default='ce', kw_only=True)  # name in `LOSSES`, or a function (logits, y) -> (batch,)
+    loss: str | Callable = field(default='ce', kw_only=True)  # name in `LOSSES`, or a function, see there
     norm: Norm = field(default=Linf(), kw_only=True)  # the shape of the allowed set: `Linf()` or `L2()`
     target: int | str | Tensor | Callable | None = field(default=None, kw_only=True)  # class to aim at, see `TARGETS`
     keep_going: bool = field(default=True, kw_only=True)  # False: stop working on a sample as soon as it is fooled
@@ -505,12 +531,22 @@ def _check_settings(attack: Attack) -> None:
     if not isinstance(attack.target, str | Integral | Tensor | None) and not callable(attack.target):
         raise TypeError('target takes a class, a tensor with one for each sample of the data set, a function (logits, y), or one '
                         f'of {", ".join(TARGETS)}, got {attack.target!r}')
+    _check_relative(attack)
     eps, bounds = getattr(attack, 'eps', 0), attack.bounds
     if isinstance(eps, Real) and eps == inf and not attack.minimal:
         raise ValueError(f'eps of {type(attack).__name__} must be at least 0 and finite: steps of a part of it lead nowhere')
     plain = bounds is not None and isinstance(eps, Real) and not any(isinstance(b, Tensor) for b in bounds)
     if plain and attack.norm == Linf() and bounds[1] - bounds[0] < eps < inf:
         _say_once(f'eps={eps:g} is more than the whole range of the inputs, {tuple(bounds)}. Was {eps:g} / 255 meant?')
+
+# %% ../nbs/20_attacks.ipynb #3bc19f6f
+def _check_relative(attack: Attack) -> None:
+    "An error for what a loss that compares with the clean output cannot do."
+    if _is_relative(attack.loss) and attack.target is not None:
+        raise ValueError(f'the loss {attack.loss!r} leads away from the clean output and towards no class; leave target out')
+    if attack.loss in ('kl', _divergence) and (isinstance(attack, FGSM) or not getattr(attack, 'random_start', True)):
+        raise ValueError(f"with loss='kl' {type(attack).__name__} would not move: at x, where it starts, the divergence from the "
+                         'prediction at x has no gradient. Start at random: PGD(loss="kl")')
 
 # %% ../nbs/20_attacks.ipynb #25008a65
 def _passes(rows: dict[str, int], batch: int) -> dict[str, float]:

@@ -50,12 +50,14 @@ def _row_numbers(index, device: torch.device) -> Tensor:
     as_it_is = rows.dtype == torch.bool or (rows.is_floating_point() and rows.numel())  # PyTorch refuses fractions
     return rows if as_it_is else rows.long()  # an empty list has arrived as floats
 
+# %% ../nbs/14_data.ipynb #bfca93b5
 def _drawn(y: Tensor, n: int, seed: int, balanced: bool) -> np.ndarray:
     "The numbers of `n` rows, drawn without replacement."
     if not 0 <= n <= len(y):
         raise ValueError(f'cannot take {n} of {len(y)} samples')
     return (_balanced_order(y, seed) if balanced else _shuffled(len(y), seed))[:n]
 
+# %% ../nbs/14_data.ipynb #3a945f71
 def _class_number(which: str | int, classes: tuple[str, ...]) -> int:
     "The number of the class with this name or number."
     number = classes.index(which) if which in classes else which
@@ -64,6 +66,7 @@ def _class_number(which: str | int, classes: tuple[str, ...]) -> int:
         raise ValueError(f'no class {which!r}; there are: {known}')
     return number
 
+# %% ../nbs/14_data.ipynb #6bdbfff4
 def _check_columns(x: Tensor, y: Tensor, ids: Tensor) -> None:
     "Refuse what is no tensor, and columns of different lengths."
     for what, column in {'samples': x, 'labels': y, 'ids': ids}.items():
@@ -74,6 +77,7 @@ def _check_columns(x: Tensor, y: Tensor, ids: Tensor) -> None:
     if not len(x) == len(y) == len(ids):
         raise ValueError(f'{len(x)} samples, {len(y)} labels and {len(ids)} ids: expected as many of each')
 
+# %% ../nbs/14_data.ipynb #dc164c94
 def _in_words(data: 'DataSet') -> str:
     "One line about a data set."
     size = '×'.join(map(str, data.x.shape[1:]))
@@ -164,6 +168,7 @@ def cache_folder() -> Path:  # the folder in the environment variable `ROBUSTNB_
     "Where this library keeps what it downloads or trains for you. Deleting it is safe."
     return Path(os.environ.get('ROBUSTNB_HOME') or '~/.cache/robustnb').expanduser()
 
+# %% ../nbs/14_data.ipynb #02cc784e
 def _torchvision(part: str):
     "The module `torchvision.part`, or an error that says why it cannot be had."
     try:
@@ -175,6 +180,7 @@ def _torchvision(part: str):
             'pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu. '
             'digits() and moons() need neither torchvision nor a download') from error
 
+# %% ../nbs/14_data.ipynb #2004c9bf
 def _likely_cause(error: Exception, folder: Path, download: bool) -> str:
     "What most often stands behind a data set that cannot be had, and what helps."
     words = str(error)
@@ -223,6 +229,7 @@ def mnist(
     return _fetched('MNIST', root, download, 'its four files (train-images-idx3-ubyte and so on, with or without .gz)',
                     'MNIST/raw', 'digits(28)', tuple('0123456789'))
 
+# %% ../nbs/14_data.ipynb #3bcc1d74
 def cifar10(
     root: str | Path | None = None,  # folder that holds, or will hold, cifar-10-batches-py; None: `cache_folder()`
     download: bool = True,  # fetch what is missing
@@ -231,6 +238,7 @@ def cifar10(
     return _fetched('CIFAR10', root, download, 'cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html',
                     '', 'digits(32)')
 
+# %% ../nbs/14_data.ipynb #298fea2e
 def cifar100(
     root: str | Path | None = None,  # folder that holds, or will hold, cifar-100-python; None: `cache_folder()`
     download: bool = True,  # fetch what is missing
@@ -252,6 +260,7 @@ def _as_tensor(values, what: str) -> Tensor:
     dtype = values.dtype if kept else np.float32 if values.dtype.kind == 'f' else np.int64
     return torch.from_numpy(np.require(values, dtype, ['C', 'W']))  # a copy only where PyTorch cannot share the memory
 
+# %% ../nbs/14_data.ipynb #5c61b81e
 def _check_samples(x: Tensor) -> None:
     "Refuse samples that cannot be rows, and images with their channels last."
     shape = tuple(x.shape)
@@ -262,7 +271,7 @@ def _check_samples(x: Tensor) -> None:
                          '(n, channels, height, width): x.transpose(0, 3, 1, 2) for an array, x.permute(0, 3, 1, 2) for '
                          'a tensor. If they are right as they are: DataSet(x, y) takes them unseen')
 
-# %% ../nbs/14_data.ipynb #5c61b81e
+# %% ../nbs/14_data.ipynb #55d87739
 def _check_range(y: Tensor, names: tuple[str, ...] | None) -> None:
     "Refuse labels that are no numbers of the classes in `names`."
     low, high = int(y.min()), int(y.max())
@@ -276,6 +285,7 @@ def _check_range(y: Tensor, names: tuple[str, ...] | None) -> None:
         fix = 'count them from 0: y - 1' if low == 1 and high == len(names) else 'name every class'
         raise ValueError(f'{run}, but `classes` holds {len(names)} names, 0 to {len(names) - 1}; {fix}')
 
+# %% ../nbs/14_data.ipynb #d185fb6f
 def _class_numbers(y: Tensor, n: int, names: tuple[str, ...] | None) -> Tensor:
     "Labels as `n` class numbers, int64, or an error that says how to make them so."
     if y.numel() == 0 == n:
@@ -325,6 +335,7 @@ def _pixels(image, modes: tuple[str, ...] = ('RGB',)) -> Tensor:
     values = values.reshape(image.height, image.width, -1).transpose(2, 0, 1)
     return torch.from_numpy(np.array(values, order='C')).float().div_(255)
 
+# %% ../nbs/14_data.ipynb #827a5534
 def _middle_square(image, size: int):
     "The shorter side made `size` long, and the middle of the longer one kept."
     from PIL import Image
@@ -333,6 +344,7 @@ def _middle_square(image, size: int):
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
 
+# %% ../nbs/14_data.ipynb #4ebf680a
 def _read_image(path: str | Path, size: int | None) -> Tensor:
     "The image in a file, (3, height, width) in [0, 1]."
     from PIL import Image
@@ -344,7 +356,7 @@ def _read_image(path: str | Path, size: int | None) -> Tensor:
     except Exception as error:  # a text, half a file, a picture of a billion pixels: PIL raises many kinds
         raise ValueError(f'{path} cannot be read as an image ({error}); repair it or take it away') from error
 
-# %% ../nbs/14_data.ipynb #827a5534
+# %% ../nbs/14_data.ipynb #889cc21b
 def _check_same_size(images: Sequence[Tensor], paths: Sequence[str | Path]) -> None:
     "Refuse images that do not fit into one batch."
     for image, path in zip(images, paths, strict=True):
@@ -352,6 +364,7 @@ def _check_same_size(images: Sequence[Tensor], paths: Sequence[str | Path]) -> N
             raise ValueError(f'images of different sizes do not fit together: {paths[0]} is {tuple(images[0].shape)}, '
                              f'{path} is {tuple(image.shape)}; give size=, for example from_folder(root, size=64)')
 
+# %% ../nbs/14_data.ipynb #cb05ee75
 def _read_all(files: 'ImageFiles', show_progress: bool) -> Tensor:
     "All images of `files` in one tensor; (n, 3, height, width)."
     x = torch.empty(len(files), *(files[0][0].shape if len(files) else (3, files.size or 0, files.size or 0)))
@@ -425,6 +438,7 @@ def _sub_folders(root: Path) -> list[Path]:
                          f'read them one by one: from_folder({str(folders[0])!r})')
     return folders
 
+# %% ../nbs/14_data.ipynb #7ea2379c
 def _images_in(folder: Path) -> list[Path]:
     "The image files anywhere under `folder`, by name, without hidden ones."
     found = []
@@ -464,6 +478,7 @@ def _present(path: Path) -> Path:
         'tiny_imagenet(FOLDER). Its layout: wnids.txt, words.txt, train/<wnid>/images/*.JPEG, val/images/*.JPEG, '
         'val/val_annotations.txt. digits(32) needs no download')
 
+# %% ../nbs/14_data.ipynb #10752fc3
 def _rows(path: Path) -> list[list[str]]:
     "The lines of a text file, cut at the tabs."
     return [line.split('\t') for line in _present(path).read_text(encoding='utf-8').splitlines() if line.strip()]
@@ -474,6 +489,7 @@ def _first_words(words: list[list[str]], wnids: list[str]) -> tuple[str, ...]:
     first = [names.get(wnid, wnid) for wnid in wnids]
     return tuple(f'{name} ({wnid})' if first.count(name) > 1 else name for name, wnid in zip(first, wnids, strict=True))
 
+# %% ../nbs/14_data.ipynb #7636cbb5
 def _validation_files(folder: Path, wnids: list[str]) -> tuple[list[Path], list[int]]:
     "The validation images that val_annotations.txt lists, and their labels."
     rows, images = _rows(folder / 'val_annotations.txt'), _present(folder / 'images')
@@ -534,6 +550,7 @@ def _is_pair(data) -> bool:
     two = isinstance(data, tuple | list) and len(data) == 2
     return two and all(isinstance(column, Tensor | np.ndarray) for column in data)
 
+# %% ../nbs/14_data.ipynb #e24b1845
 def _in_memory(data) -> DataSet | None:
     "`data` as a `DataSet`, if it is one, or a pair of arrays, or a `Batch`; else None."
     if isinstance(data, Batch):
@@ -542,11 +559,22 @@ def _in_memory(data) -> DataSet | None:
         return DataSet(_as_tensor(data[0], 'samples'), _as_tensor(data[1], 'labels'), ())
     return data if isinstance(data, DataSet) else None
 
-# %% ../nbs/14_data.ipynb #e24b1845
-def _cut(data: DataSet, batch_size: int, shuffle: int | None, limit: int | None) -> Iterator[Batch]:
+# %% ../nbs/14_data.ipynb #5b346810
+def _order(data, batch_size: int, shuffle: int | None, share: tuple[int, int]) -> np.ndarray | None:
+    "The rows to read, one batch after the other; None for all of them as they lie."
+    worker, workers = share
+    if shuffle is None and workers == 1:
+        return None
+    order = np.arange(len(data)) if shuffle is None else _shuffled(len(data), shuffle)
+    whole = len(order) - len(order) % (batch_size * workers)  # full batches for everybody; the rest is divided evenly
+    mine = order[:whole].reshape(-1, workers, batch_size)[:, worker].ravel()
+    return np.concatenate([mine, np.array_split(order[whole:], workers)[worker]])
+
+# %% ../nbs/14_data.ipynb #84d5aa28
+def _cut(data: DataSet, batch_size: int, order: np.ndarray | None, limit: int | None) -> Iterator[Batch]:
     "Batches of samples in memory."
-    order = None if shuffle is None else _shuffled(len(data), shuffle)
-    end = len(data) if limit is None else min(limit, len(data))
+    size = len(data) if order is None else len(order)
+    end = size if limit is None else min(limit, size)
     for start in range(0, end, batch_size):
         rows = slice(start, min(start + batch_size, end))
         part = data[rows if order is None else order[rows]]
@@ -578,6 +606,7 @@ def _numbered(item, start: int) -> Batch:
         raise ValueError(f'a batch has {len(x)} samples and {len(y)} labels')
     return Batch(x, y, torch.arange(start, start + len(x), device=y.device))
 
+# %% ../nbs/14_data.ipynb #aeafd36f
 def _passed_through(loader: Iterable, limit: int | None) -> Iterator[Batch]:
     "Batches of a loader, with ids; never asks it for more than `limit` needs."
     seen = 0
@@ -592,7 +621,7 @@ def _passed_through(loader: Iterable, limit: int | None) -> Iterator[Batch]:
             return
         yield batch
 
-# %% ../nbs/14_data.ipynb #aeafd36f
+# %% ../nbs/14_data.ipynb #b0326dc3
 def _explained(loader: Iterable) -> Iterator:
     "The items of a loader. Two errors that PyTorch raises on the way are said again, with what to do."
     try:
@@ -609,6 +638,7 @@ def _explained(loader: Iterable) -> Iterator:
                              'torchvision.transforms.Resize((64, 64))') from error
         raise
 
+# %% ../nbs/14_data.ipynb #8e977c0e
 def _collated(samples: list):
     "A batch of what a torch Dataset holds; images of PIL become tensors, grey ones with one channel."
     from PIL import Image
@@ -617,9 +647,10 @@ def _collated(samples: list):
             samples[place] = tuple(_pixels(p, ('L', 'RGB')) if isinstance(p, Image.Image) else p for p in sample)
     return torch_data.default_collate(samples)
 
-def _from_dataset(data: torch_data.Dataset, batch_size: int, shuffle: int | None, limit: int | None) -> Iterator[Batch]:
+# %% ../nbs/14_data.ipynb #fb549be4
+def _from_dataset(data: torch_data.Dataset, batch_size: int, order: np.ndarray | None, limit: int | None) -> Iterator[Batch]:
     "Batches of a torch Dataset; the ids are its own, or its numbers of the samples, also when they are mixed."
-    order = None if shuffle is None else torch.as_tensor(_shuffled(len(data), shuffle))
+    order = None if order is None else torch.as_tensor(order)
     mixed = data if order is None else torch_data.Subset(data, order.tolist())
     private = torch.Generator()  # leaves the global generator alone
     loader = torch_data.DataLoader(mixed, batch_size, collate_fn=_collated, generator=private)
@@ -627,7 +658,7 @@ def _from_dataset(data: torch_data.Dataset, batch_size: int, shuffle: int | None
         rows = rows if order is None else order[rows.cpu()].to(rows.device)  # where the labels are
         yield Batch(x, y, data.ids[rows] if isinstance(data, ImageFiles) else rows)
 
-# %% ../nbs/14_data.ipynb #b0326dc3
+# %% ../nbs/14_data.ipynb #6a18262d
 def can_shuffle(
     data,  # anything that `batches` accepts
 ) -> bool:
@@ -635,24 +666,27 @@ def can_shuffle(
     sized = isinstance(data, torch_data.Dataset) and not isinstance(data, torch_data.IterableDataset)
     return sized or isinstance(data, DataSet | Batch) or _is_pair(data)
 
+# %% ../nbs/14_data.ipynb #b1997a1b
 def batches(
     data,  # a `DataSet`; `ImageFiles`; a pair (x, y) of arrays; a torch Dataset; or an iterable of (x, y) batches
     batch_size: int = 128,  # for what is cut here; a loader keeps its own
     device: str | torch.device | None = None,  # where the batches go; None: they stay where they are
     shuffle: int | None = None,  # seed of the order, where `can_shuffle`; None: in order
     limit: int | None = None,  # stop after this many samples
+    share: tuple[int, int] = (0, 1),  # which worker of how many this is, where `can_shuffle`: each gets its own samples
 ) -> Iterator[Batch]:  # tuples (x, y, ids)
     "Walk over `data` in batches. Each sample keeps its id, whatever the order and the batch size."
-    if batch_size < 1 or (limit is not None and limit < 0):
-        raise ValueError(f'`batch_size` starts at 1 and `limit` at 0; got {batch_size} and {limit}')
-    if shuffle is not None and not can_shuffle(data):
-        raise ValueError('`shuffle` is for data in memory and for torch Datasets; a loader shuffles by itself: '
-                         'DataLoader(..., shuffle=True)')
+    if batch_size < 1 or (limit is not None and limit < 0) or not 0 <= share[0] < share[1]:
+        raise ValueError(f'`batch_size` starts at 1, `limit` at 0, and `share` is (worker, workers), such as (0, 2); got '
+                         f'{batch_size}, {limit} and {share}')
+    if (shuffle is not None or share[1] > 1) and not can_shuffle(data):
+        raise ValueError('`shuffle` and `share` are for data in memory and for torch Datasets; a loader shuffles by itself: '
+                         'DataLoader(..., shuffle=True), and divides by itself: sampler=DistributedSampler(data)')
     held = _in_memory(data)
     if held is not None:
-        found = _cut(held, batch_size, shuffle, limit)
+        found = _cut(held, batch_size, _order(held, batch_size, shuffle, share), limit)
     elif isinstance(data, torch_data.Dataset):
-        found = _from_dataset(data, batch_size, shuffle, limit)
+        found = _from_dataset(data, batch_size, _order(data, batch_size, shuffle, share), limit)
     else:
         found = _passed_through(data, limit)
     return found if device is None else (Batch(*(part.to(device) for part in batch)) for batch in found)
@@ -686,6 +720,8 @@ def steps_of(
             return len(data)
         except TypeError:  # a stream without a length
             return None
+    if isinstance(data, list | tuple) and not (isinstance(data, Batch) or _is_pair(data)):
+        return len(data)  # batches that somebody has cut
     size = size_of(data)
     return None if size is None else -(-size // batch_size)
 
@@ -696,6 +732,7 @@ def _origin(data):
         data = data.dataset
     return data
 
+# %% ../nbs/14_data.ipynb #01745970
 def bounds_of(
     data,  # anything that `batches` accepts
 ) -> tuple[float, float] | None:  # (0, 1) unless a `DataSet` says otherwise; None: unbounded
@@ -703,6 +740,7 @@ def bounds_of(
     origin = _origin(data)
     return origin.bounds if isinstance(origin, DataSet | ImageFiles) else (0, 1)
 
+# %% ../nbs/14_data.ipynb #0fd7612b
 def classes_of(
     data,  # anything that `batches` accepts
 ) -> tuple[str, ...] | None:  # None if the data do not say

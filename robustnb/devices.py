@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -151,13 +152,20 @@ def seed_everything(
         torch.backends.cudnn.benchmark = False
 
 # %% ../nbs/00_devices.ipynb #db33eba9
+_generator = threading.RLock()
+
 @contextmanager
 def seeded(
     seed: int,  # any integer
+    device: torch.device | None = None,  # a CUDA device, whose generator is treated alike
 ) -> Iterator[None]:
     "A block that draws from PyTorch's CPU generator as if freshly seeded, and gives the generator back as it was."
-    with torch.random.fork_rng(devices=[]):
+    gpus = [device] if device is not None and device.type == 'cuda' else []
+    with _generator, torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(_int64(seed))
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(_int64(seed))
         yield
 
 # %% ../nbs/00_devices.ipynb #08b92d75

@@ -124,6 +124,7 @@ def untouched(
     finally:
         for state in modules + buffers + parameters:
             state.restore()
+        torch.clear_autocast_cache()  # weights cast in here without a gradient must not serve a training step around it
     changed = [p.name for p in parameters if p.changed]
     if changed:
         raise RuntimeError(f'parameters were changed in place while the model was only lent: {", ".join(changed[:5])}'

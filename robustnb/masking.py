@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Foreign
-from .attacks import FGSM, L2, PGD, Attack, Linf, Problem, _counting, _lent, _worse, predictions
+from .attacks import FGSM, L2, PGD, Attack, Linf, Problem, _counting, _is_relative, _lent, _worse, predictions
 from .blackbox import Square, Transfer
 from .data import DataSet, _in_memory, batches, bounds_of
 from .devices import device_of, progress, sync
@@ -92,6 +92,9 @@ def _attack_of(attack, bounds, eps: float | None) -> Attack:
                         f'APGD(0.1); got {attack!r}')
     if attack.target is not None:
         raise ValueError('the checks ask whether a sample can be misclassified at all; give an attack without target=')
+    if _is_relative(attack.loss):
+        raise ValueError('the checks ask whether a sample can be misclassified, and a loss that compares with the clean output '
+                         f"does not know what would be wrong; give another than {attack.loss!r}, such as loss='ce'")
     attack = replace(*named(attack, bounds).values(), keep_going=False)
     attack = attack if eps is None else attack.at(eps)
     if not 0 < attack.strength < inf:

@@ -405,7 +405,8 @@ def save(
                         "If that is a checkpoint, save its weights alone: torch.save(checkpoint['state_dict'], path)")
     state = unwrap(model).state_dict()
     _check_memory(state)
-    save_arrays(path, state, meta)
+    bytes_for_bools = {name: value.byte() if value.dtype == torch.bool else value for name, value in state.items()}
+    save_arrays(path, bytes_for_bools, meta)  # bits would have another shape for other readers of the file
 
 # %% ../nbs/15_models.ipynb #d070a269
 def _kind_of_file(path: Path) -> str:

@@ -315,14 +315,15 @@ def _names_read(code) -> set[str]:
     own = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
     return own.union(*(_names_read(c) for c in code.co_consts if isinstance(c, CodeType)))
 
+_SETTINGS = (bool, int, float, str, list, tuple, dict, set, frozenset, np.ndarray, Tensor, nn.Module, partial)
+
 def _with_all_it_reads(function) -> tuple[list, dict]:
     "A function with the functions of the same file that it calls, and the global values that they read, by name."
     functions, values = [function], {}
-    plain = bool | int | float | str | tuple | np.ndarray | Tensor | nn.Module | Perturbation
     for one in functions:  # grows on the way
         for name in sorted(_names_read(one.__code__) & one.__globals__.keys()):
             value = one.__globals__[name]
-            if isinstance(value, plain):
+            if isinstance(value, _SETTINGS) or (is_dataclass(value) and not isinstance(value, type)):
                 values[name] = value
             elif isinstance(value, FunctionType) and value.__module__ == one.__module__ and value not in functions:
                 functions.append(value)
@@ -395,7 +396,7 @@ def _plain_setting(value, above: tuple = ()):
         return sorted(map(repr, value))
     if isinstance(value, type):
         return f'{value.__module__}.{value.__qualname__}'
-    return _settings(value, above) if callable(value) or is_dataclass(value) else repr(value)
+    return _settings(value, above) if callable(value) or is_dataclass(value) else _without_address(value)
 
 # %% ../nbs/19_noises.ipynb #1ec57460
 def _settings(of, above: tuple) -> dict:

@@ -64,7 +64,7 @@ class _Trail:
                              'points that belong together. Trace one sample at a time, or another attack')
         self.points.append(x.clone())
         self.logits.append(_two_classes(logits))
-        self.loss.append(_value(problem.loss, logits, problem.y, problem.target))
+        self.loss.append(_value(problem, logits))
         self.wrong.append(_wrong(logits, problem.y, problem.target))
 
     def places(self, x_adv: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _as_dataset(problem: Problem, trail: _Trail, returned: Tensor, clean: Tensor
         'size': (dims, size), 'seen': (dims, logits.argmax(-1)), 'wrong': (dims, torch.stack(trail.wrong)),
         'returned': (each, returned), 'label': (each, problem.y), 'eps': (each, _eps_of(problem)),
         'x': (each + axes, problem.x), 'clean_logits': ((*each, 'class'), _two_classes(clean)),
-        'clean_loss': (each, _value(problem.loss, clean, problem.y, problem.target)),
+        'clean_loss': (each, _value(problem, clean)),
     }
     plane = _plane(problem, points) if problem.x.shape[1:] == (2,) else {}
     known = {'sample': _cpu(problem.ids), 'class': [class_name(names, c) for c in range(logits.shape[-1])]}

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -94,17 +95,33 @@ def _as_array(name: str, values: Any) -> np.ndarray:
     return array
 
 # %% ../nbs/13_results.ipynb #16613eed
+def _pack_bits(array: np.ndarray) -> np.ndarray:
+    "A boolean array as bytes of eight values; any other array as it is."
+    return np.packbits(array) if array.dtype == bool else array
+
+def _unpack_bits(name: str, array: np.ndarray, shape: list[int] | None) -> np.ndarray:
+    "The inverse of `_pack_bits`, by the shape that the array had if it was packed."
+    if shape is None:
+        return array
+    count = math.prod(shape)
+    if array.dtype != np.uint8 or array.shape != ((count + 7) // 8,):
+        raise ValueError(f'array {name!r} should hold the bits of the shape {shape}, but is {array.dtype} {array.shape}')
+    return np.unpackbits(array, count=count).view(bool).reshape(shape)
+
+# %% ../nbs/13_results.ipynb #7651250a
 def save_arrays(
     path: str | Path,  # the file; by custom it ends in .safetensors. Missing folders are made
-    arrays: Mapping[str, Any],  # name -> NumPy array or tensor of numbers; bfloat16 is stored as float32
+    arrays: Mapping[str, Any],  # name -> NumPy array or tensor; bfloat16 is stored as float32, bool as packed bits
     meta: Mapping[str, Any] | None = None,  # None, bool, int, float, str, and lists and dicts of them
 ) -> None:
     "Save arrays and plain values in one safetensors file, which replaces an older one at the last moment."
     arrays = {name: _as_array(name, values) for name, values in arrays.items()}
-    header = json.dumps({'format': 1, 'names': list(arrays), 'meta': _plain(meta or {}, 'meta')})
+    shapes = {name: array.shape for name, array in arrays.items() if array.dtype == bool}
+    about = {'format': 1, 'names': list(arrays), 'meta': _plain(meta or {}, 'meta')} | ({'bits': shapes} if shapes else {})
+    header = json.dumps(about)
     if len(header) > 40_000_000:  # safetensors reads headers of at most 100 MB, after quoting
         raise ValueError(f'the names and words of {path} take {len(header) / 1e6:.0f} MB, at most 40 MB fit in a header')
-    _write(Path(path), save(arrays, {'robustnb': header}))
+    _write(Path(path), save({name: _pack_bits(array) for name, array in arrays.items()}, {'robustnb': header}))
 
 # %% ../nbs/13_results.ipynb #3e742d2b
 def _tensor(file: Any, name: str) -> np.ndarray:
@@ -127,7 +144,8 @@ def load_arrays(
             header = json.loads(about['robustnb']) if 'robustnb' in about else {'names': file.keys(), 'meta': about}
             if header.get('format', 1) != 1:
                 raise ValueError(f'{path} is in format {header["format"]}: a newer robustnb wrote it; upgrade to read it')
-            return {name: _tensor(file, name) for name in header['names']}, header['meta']
+            shapes = header.get('bits', {})
+            return {name: _unpack_bits(name, _tensor(file, name), shapes.get(name)) for name in header['names']}, header['meta']
     except SafetensorError as error:
         raise ValueError(f'{path} is not a whole safetensors file: {error}') from error
 

@@ -16,8 +16,10 @@ ATTACKS = [
     PGD(0.1, steps=3, loss='margin'),
     PGD(0.1, steps=3, loss=lambda logits, y: -logits.gather(1, y[:, None])[:, 0]),
     PGD(0.1, steps=3, loss='dlr'),
+    PGD(0.1, steps=3, loss='kl'),
     PGD(0.1, steps=3, keep_going=False),
     PGD(0.1, steps=2, restarts=3, keep_going=False),
+    PGD(0.1, steps=2, restarts=3, loss='kl', keep_going=False),
     PGD(0.1, steps=3, target='least likely'),
     PGD(0.1, steps=3, target=2, loss='dlr'),
     PGD(0.1, steps=3, norm=Linf(scale=torch.linspace(0, 1, 8))),
@@ -25,6 +27,7 @@ ATTACKS = [
     PGD(1.0, steps=3, norm=L2()),
     PGD(1.0, steps=3, norm=L2(scale=torch.linspace(0, 2, 64).view(1, 8, 8))),
     PGD(1.0, steps=3, norm=L2(), keep_going=False),
+    PGD(1.0, steps=3, norm=L2(), loss='kl'),
     APGD(0.1, steps=7),
     APGD(0.1, steps=7, loss='dlr', restarts=2),
     APGD(0.1, steps=7, keep_going=False),
@@ -133,7 +136,8 @@ class Counter(nn.Module):
     [
         (PGD(0.1, steps=40), 40, 40), (FGSM(0.1), 1, 1), (PGD(0.1, steps=4, restarts=3), 15, 12),
         (PGD(0.1, steps=4, norm=L2(), loss='dlr'), 4, 4), (PGD(0.1, steps=4, target=1), 4, 4),
-        (PGD(0.1, steps=4, target='runner-up'), 5, 4),
+        (PGD(0.1, steps=4, target='runner-up'), 5, 4), (PGD(0.1, steps=4, loss='kl'), 5, 4),
+        (PGD(0.1, steps=4, restarts=3, loss='kl'), 16, 12),
     ],
 )
 def test_passes_are_counted(attack, forwards, backwards, net, batch):
@@ -460,7 +464,7 @@ def test_targets(net, batch):
 
 
 STOPPING = [PGD(0.1, steps=8), PGD(0.1, steps=4, restarts=3), APGD(0.1, steps=9), APGD(0.8, steps=9, norm=L2()),
-            PGD(0.1, steps=8, target='runner-up')]
+            PGD(0.1, steps=8, target='runner-up'), PGD(0.1, steps=8, loss='kl')]
 
 
 @pytest.mark.parametrize('attack', STOPPING, ids=repr)
@@ -969,3 +973,182 @@ def test_inputs_a_rounding_beyond_the_bounds_under_a_mask(norm, net, batch):
     x, y = batch
     result = PGD(0.1, steps=2, norm=norm(scale=torch.linspace(0, 1, 8))).run(net, x * (1 + 2e-6) - 5e-7, y)
     assert result.size.max() <= 0.1 + 1e-5
+
+
+# ------------------------------------------------------------------------------- losses that compare with the clean output
+
+
+def literal_kl(clean, logits):
+    "Zhang et al. 2019, equation 5, one sample and class at a time."
+    import numpy as np
+
+    values = []
+    for a, b in zip(clean.double().numpy(), logits.double().numpy(), strict=True):
+        p, q = np.exp(a - a.max()) / np.exp(a - a.max()).sum(), np.exp(b - b.max()) / np.exp(b - b.max()).sum()
+        values.append(sum(float(p[k] * (np.log(p[k]) - np.log(q[k]))) for k in range(len(p))))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_the_divergence_is_the_published_formula():
+    generator = torch.Generator().manual_seed(0)
+    clean, logits = (3 * torch.randn(40, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    kl = LOSSES['kl'](logits, None, clean)
+    assert torch.allclose(kl, literal_kl(clean, logits), rtol=1e-12)
+    theirs = F.kl_div(logits.log_softmax(1), clean.softmax(1), reduction='none').sum(1)
+    assert torch.allclose(kl, theirs, rtol=1e-10) and kl.min() > 0
+    one, other = clean[:, 0], logits[:, 0]
+    two = torch.stack([0 * one, one], 1), torch.stack([0 * other, other], 1)
+    assert torch.allclose(LOSSES['kl'](other, None, one), literal_kl(*two), rtol=1e-12), 'a single logit means two classes'
+    assert torch.equal(LOSSES['kl'](other[:, None], None, one[:, None]), LOSSES['kl'](other, None, one))
+
+
+def test_the_gradient_of_the_divergence():
+    generator = torch.Generator().manual_seed(1)
+    clean, logits = (torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def kl(logits, clean):
+        return LOSSES['kl'](logits, None, clean)
+
+    torch.autograd.gradcheck(kl, (logits, clean))
+    torch.autograd.gradgradcheck(kl, (logits, clean))
+    (slope,) = torch.autograd.grad(kl(logits, clean).sum(), logits)
+    assert torch.allclose(slope, logits.softmax(1) - clean.softmax(1), atol=1e-14)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('scale', [1, 1e3, 1e30])
+@pytest.mark.parametrize('columns', [1, 2, 10, 1000])
+def test_the_divergence_from_itself_is_nothing_and_leads_nowhere(columns, scale, dtype):
+    clean = scale * torch.randn(200, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits = clean.clone().requires_grad_()
+    kl = LOSSES['kl'](logits, None, clean)
+    (slope,) = torch.autograd.grad(kl.sum(), logits)
+    assert (kl == 0).all() and (slope == 0).all(), 'exactly'
+
+
+def test_the_divergence_of_extreme_logits():
+    inf = float('inf')
+    clean = torch.tensor([[1e4, -1e4, 0.0], [0.0, -inf, 1.0], [3e38, 0.0, -3e38], [0.0, -inf, 0.0]], requires_grad=True)
+    logits = torch.tensor([[-1e4, 1e4, 0.0], [1.0, -inf, 0.0], [0.0, 0.0, 3e38], [0.0, 0.0, 0.0]], requires_grad=True)
+    kl = LOSSES['kl'](logits, None, clean)
+    assert kl[0] == 2e4 and kl[2] == 3e38 and kl[3].item() == pytest.approx(torch.tensor(1.5).log().item())
+    assert kl[1].item() == pytest.approx(torch.tensor([0.0, 1.0]).softmax(0).diff().item())
+    for slope in torch.autograd.grad(kl.sum(), (logits, clean)):
+        assert not slope.isnan().any()
+
+
+@pytest.mark.parametrize('norm', [Linf(), L2()])
+@pytest.mark.parametrize('columns', [4, 1])
+def test_an_attack_climbs_the_divergence(norm, columns, net, batch):
+    x, y = batch[0], batch[1] % 2
+    with seeded(0):
+        model = nn.Sequential(net, nn.Linear(4, 1)) if columns == 1 else net
+    with torch.no_grad():
+        clean = model.eval()(x)
+    eps = 0.1 if norm == Linf() else 1.0
+    noise = norm.ball(x, eps, (0, 1))(norm.start(x, eps, torch.arange(12), 0, 0))
+    for attack in (PGD(eps, steps=10, loss='kl', norm=norm), APGD(eps, steps=10, loss='kl', norm=norm)):
+        result = attack.run(model, x, y)
+        with torch.no_grad():
+            reached, chance = (LOSSES['kl'](model(z), None, clean) for z in (result.x_adv, noise))
+        assert torch.allclose(result.loss, reached, atol=1e-5)
+        assert (reached >= chance).all() and reached.mean() > 2 * chance.mean()
+        if isinstance(attack, PGD):  # APGD returns the worst point of its way, and what is misclassified is worse
+            assert torch.equal(attack(model, x, 1 - y), result.x_adv), 'the labels do not matter'
+
+
+def test_pgd_with_the_divergence_equals_the_literal_form(net, batch):
+    "Zhang et al. 2019, algorithm 1, with our start and our step."
+    import copy
+
+    (x, y), net = batch, copy.deepcopy(net).double().eval()
+    x = x.double()
+    x_adv = Linf().start(x, 0.1, torch.arange(12), seed=0, restart=0).clamp(0, 1)
+    for _ in range(5):
+        x_adv = x_adv.detach().requires_grad_()
+        kl = F.kl_div(net(x_adv).log_softmax(1), net(x).softmax(1).detach(), reduction='sum')
+        (slope,) = torch.autograd.grad(kl, x_adv)
+        x_adv = torch.min(torch.max(x_adv + 0.03 * slope.sign(), x - 0.1), x + 0.1).clamp(0, 1)
+    assert torch.allclose(PGD(0.1, steps=5, step=0.03, loss='kl')(net, x, y), x_adv, atol=1e-12)
+
+
+def moved(logits, y, clean):
+    return (logits - clean).square().flatten(1).sum(1)
+
+
+moved.relative = True
+
+
+@pytest.mark.parametrize('loss', ['kl', moved], ids=str)
+def test_what_starts_at_the_clean_input_says_that_it_cannot_move(loss, caplog, net, batch):
+    from dataclasses import dataclass
+
+    from robustnb.attacks import Attack
+
+    @dataclass(frozen=True)
+    class OneStep(Attack):
+        eps: float = 0.1
+
+        def search(self, problem):
+            gradient, _, _ = problem.gradient(problem.x)
+            return problem.project(problem.norm.ascend(problem.x, gradient, self.eps)), None
+
+    found, seen = [], net.eval()(batch[0]).argmax(1)
+    said = told(caplog, lambda: found.append(OneStep(loss=loss)(net, batch[0], seen)))
+    assert torch.equal(found[0], batch[0]) and 'start at random' in said
+    assert 'exactly zero' not in told(caplog, lambda: PGD(0.1, steps=2, loss=loss)(net, batch[0], seen))
+    if loss == 'kl':
+        for make in (FGSM, lambda loss: PGD(loss=loss, random_start=False), lambda loss: FGSM(loss=LOSSES[loss])):
+            with pytest.raises(ValueError, match='would not move'):
+                make(loss=loss)
+
+
+@pytest.mark.parametrize('loss', ['kl', moved], ids=str)
+def test_what_compares_with_the_clean_output_aims_at_no_class(loss):
+    with pytest.raises(ValueError, match='leave target out'):
+        PGD(loss=loss, target=1)
+
+
+@pytest.mark.parametrize('loss', ['kl', moved], ids=str)
+def test_relative_losses_everywhere(loss, net, batch):
+    from robustnb.blackbox import Square, Transfer
+    from robustnb.masking import check_masking
+    from robustnb.minimal import Smallest
+    from robustnb.paths import trace
+
+    x, y = batch
+    attack = PGD(0.1, steps=3, loss=loss)
+    with torch.no_grad():
+        clean = net.eval()(x)
+    way = trace(net, x, y, attack).dataset
+    assert way.sizes['point'] == 4 and (way['clean_loss'] == 0).all()
+    expected = (LOSSES['kl'] if loss == 'kl' else moved)(net(attack(net, x, y)), None, clean).detach()
+    assert torch.allclose(torch.as_tensor(way['loss'].values[-1]), expected, atol=1e-5)
+    square = Square(0.1, queries=20, loss=loss).run(net, x, y)
+    assert square.passes == {'forward': 22, 'backward': 0} and (square.loss > 0).all()
+    assert WorstOf([attack]).run(net, x, y).success.sum() >= Smallest(attack, eps=0.1, tries=2).run(net, x, y).success.sum()
+    assert torch.equal(Transfer(net, attack)(net, x, y), attack(net, x, y))
+    assert torch.equal(PGD(0.1, steps=2, loss=loss, autocast=torch.bfloat16)(net, x, y), PGD(
+        0.1, steps=2, loss=loss, autocast=torch.bfloat16)(net, x, y))
+    with pytest.raises(ValueError, match='does not know what would be wrong'):
+        check_masking(net, (x, y), attack)
+
+
+def test_a_loss_of_your_own_may_compare_dense_outputs():
+    with seeded(0):
+        dense = nn.Conv2d(1, 2, 3)
+    x = torch.rand(4, 1, 6, 6)
+    x_adv = PGD(0.1, steps=4, loss=moved)(dense, x, torch.zeros(4, 4, 4))
+    assert (moved(dense(x_adv), None, dense(x)) > 0).all()
+
+
+@pytest.mark.parametrize('attack', [PGD(0.1, steps=2, loss='kl'), WorstOf([FGSM(0.1)])], ids=repr)
+def test_an_attack_leaves_no_weights_without_a_gradient_behind(attack, net, batch):
+    "Autocast keeps the weights that it has converted, and those of a pass without gradients would stop a training step."
+    x, y = batch
+    with torch.autocast('cpu', torch.bfloat16):
+        x_adv = attack(net, x, y)
+        loss = F.cross_entropy(net(x_adv).float(), y)
+    loss.backward()
+    assert net[0].weight.grad.abs().max() > 0 and net[5].weight.grad.abs().max() > 0
+    net.zero_grad()

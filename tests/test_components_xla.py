@@ -11,8 +11,10 @@ import sys
 import pytest
 
 SCRIPT = """
+import copy, tempfile
 import torch_xla, torch, numpy as np
 from dataclasses import replace
+from functools import partial
 from torch import nn
 from robustnb.attacks import APGD, FGSM, L2, PGD, WorstOf
 from robustnb.blackbox import Square
@@ -21,6 +23,7 @@ from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
 from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Blur, Gaussian, Poisson, SaltPepper, Uniform, matched
+from robustnb.training import Adversarial, fit
 
 class Block(nn.Module):
     def __init__(self, a, b, stride):
@@ -42,7 +45,6 @@ with seeded(0):
     x, y = torch.rand(16, 3, 12, 12), torch.arange(16) % 5
 net.eval()
 device = pick_device('xla')
-import copy
 other = copy.deepcopy(net).to(device)
 with seeded(0):
     small = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(150, 5)).eval()
@@ -82,6 +84,22 @@ for measure in MEASURES:
 a, b = (evaluate(m, (x, y), Gaussian(0.1), show_progress=False).dataset['correct'].values for m in (net, other))
 print('evaluation', bool((a == b).all()))
 
+with seeded(0):
+    young = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(150, 5))
+how = {'objective': Adversarial(FGSM(0.05)), 'optimizer': partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+       'batch_size': 8, 'show_progress': False}
+a, b = (fit(m, (x, y), epochs=3, schedule='cosine', **how).model for m in (young, copy.deepcopy(young).to(device)))
+apart = max(float((p - q.cpu()).abs().max()) for p, q in zip(a.parameters(), b.parameters()))
+seen = compile_count()
+fit(copy.deepcopy(young).to(device), (x, y), epochs=6, schedule='cosine', **how)
+print('training', apart, compile_count() - seen)
+with tempfile.TemporaryDirectory() as folder:
+    there = copy.deepcopy(young).to(device)
+    fit(there, (x, y), epochs=1, checkpoint=folder + '/run', **how)
+    again = fit(there, (x, y), epochs=3, checkpoint=folder + '/run', **how).model
+whole = fit(there, (x, y), epochs=3, **how).model
+print('resumed', all(torch.equal(p.cpu(), q.cpu()) for p, q in zip(again.parameters(), whole.parameters())))
+
 for noise in (Uniform(0.1), Poisson(0.1), Blur(0.8), SaltPepper(0.1), matched(Uniform(), FGSM(0.05))):
     def noisy(seed=0, strength=noise.strength):
         changed = replace(noise.at(strength), seed=seed)
@@ -108,7 +126,8 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
     assert all(int(line[1]) <= 1 for line in lines if line[0] == 'again'), ran.stdout
     measures = ('relative_error', 'topk_overlap', 'energy_relative_error', 'centred_error', 'linear_cka')
     assert all(found[name][0] == '5' and float(found[name][1]) < 1e-4 for name in measures), ran.stdout
-    assert found['evaluation'] == ['True']
+    assert found['evaluation'] == ['True'] and found['resumed'] == ['True']
+    assert float(found['training'][0]) < 1e-3 and int(found['training'][1]) <= 1, 'a schedule does not compile more programs'
     noises = [line for line in lines if line[0] == 'noise']
     assert len(noises) == 5
     for _, apart, compilations in noises:  # a logarithm that is rounded otherwise can move a count, rarely

@@ -21,6 +21,7 @@ from robustnb import (
     adapters,
     attacks,
     blackbox,
+    distributed,
     evaluation,
     guard,
     lsa,
@@ -152,6 +153,7 @@ def cases(p) -> dict:
         'paths.trace': lambda m: paths.trace(m, X, Y, noisy),
         'paths.explore': lambda m: paths.explore(m, X[:1], Y[:1], noisy, [0.1], **quiet),
         'masking.check_masking': lambda m: masking.check_masking(m, DATA, noisy, n=6, queries=2, draws=2, **quiet),
+        'distributed.mean_buffers': lambda m: distributed.mean_buffers(m),  # alone: nothing happens
         'evaluation.calibrate': lambda m: evaluation.calibrate(m, DATA, p, accuracy=0.0, **quiet),
         'evaluation.accuracy': lambda m: evaluation.accuracy(m, DATA),
         'evaluation.evaluate': lambda m: evaluation.evaluate(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
@@ -165,7 +167,7 @@ def cases(p) -> dict:
 
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
-    'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__',
+    'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__', 'distributed.mean_buffers',
     'blackbox.Transfer.__call__',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
@@ -176,8 +178,15 @@ CARELESS = ['noises.perturb', 'noises.Matched.__call__', 'guard.untouched', 'eva
 # Their purpose is to change the model that they are given.
 BY_DESIGN = {
     'models.load': 'writes weights into the model',
-    'training.Standard.loss': 'one step of training, on the model in training',
-    'training.Adversarial.loss': 'one step of training, on the model in training',
+    **{
+        f'{objective}.{method}': 'one step of training, on the model in training'
+        for objective in ('training.Objective', 'training.Standard', 'training.Adversarial', 'defences.TRADES', 'defences.MART')
+        for method in ('perturbed', 'risk', 'loss')
+    },
+    **{
+        f'defences.{regularizer}.__call__': 'a term of the loss, on the model in training'
+        for regularizer in ('WeightSize', 'InputGradient', 'LogitPairing')
+    },
 }
 
 

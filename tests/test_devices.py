@@ -7,7 +7,9 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -281,6 +283,22 @@ def test_seeded_gives_the_generator_back_after_an_error(error):
     with pytest.raises(error), seeded(3):
         torch.rand(5)
         raise error
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_threads_take_turns_with_the_generator():
+    def draws(seed: int, pause: float = 0.0) -> torch.Tensor:
+        with seeded(seed):
+            first = torch.rand(3)
+            time.sleep(pause)
+            with seeded(seed + 10):  # the same thread may come in again
+                inner = torch.rand(3)
+            return torch.cat([first, inner, torch.rand(3)])
+
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(draws, range(8), [0.01] * 8))
+    assert all(torch.equal(found, draws(seed)) for seed, found in enumerate(together))
     assert torch.equal(torch.get_rng_state(), before)
 
 

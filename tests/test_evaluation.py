@@ -7,6 +7,7 @@ import time
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -742,27 +743,24 @@ def test_batch_size_does_not_matter_with_records(net, data, tmp_path, batch_size
 
 def dice(model, x, y):
     "A function without a seed, in a process that is slower than another one."
-    if not DICE:
-        DICE.append(None)
-        DICE.append(again())
-    DICE.append(None)
-    return x if len(DICE) > 2 else 1 - x
+    if not NOW.thrown:
+        NOW.thrown.append(None)
+        NOW.thrown.append(again())
+    NOW.thrown.append(None)
+    return x if len(NOW.thrown) > 2 else 1 - x
 
 
-DICE = []
+NOW = SimpleNamespace(thrown=[], on_file=[])  # lists of their own would be a part of what `dice` is
 
 
 def again():
-    return recorded(*ON_FILE, dice, eps=None)
-
-
-ON_FILE = []
+    return recorded(*NOW.on_file, dice, eps=None)
 
 
 def test_functions_with_dice_agree_with_the_file(net, data, tmp_path):
-    ON_FILE[:], DICE[:] = [net, data[:10], tmp_path / 'run.jsonl'], []
+    NOW.on_file, NOW.thrown = [net, data[:10], tmp_path / 'run.jsonl'], []
     outer = again()
-    inner = next(found for found in DICE if found is not None)
+    inner = next(found for found in NOW.thrown if found is not None)
     assert outer.dataset.identical(inner.dataset) and len(Records(tmp_path / 'run.jsonl')) == 2
     assert outer.table().accuracy[1] != outer.table().accuracy[0], (
         'the faster one turned the images round, and that holds'

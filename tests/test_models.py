@@ -781,3 +781,16 @@ def test_load_wants_a_model_and_not_its_class(tmp_path):
 
     with pytest.raises(TypeError, match=r'write Net\(\)'):
         models.load(Net, tmp_path / 'weights.safetensors')
+
+
+def test_masks_are_weights_too(tmp_path):
+    def make():
+        net = nn.Linear(3, 2)
+        net.register_buffer('mask', torch.tensor([True, False, True]))
+        return net
+
+    net, other = make(), make()
+    models.save(net, tmp_path / 'net.safetensors')
+    other.mask.zero_()
+    models.load(other, tmp_path / 'net.safetensors')
+    assert other.mask.dtype == torch.bool and torch.equal(other.mask, net.mask)

@@ -111,6 +111,55 @@ def test_the_file_is_plain_safetensors(tmp_path):
     assert meta == {'made by': 'somebody else'}
 
 
+@pytest.mark.parametrize('shape', [(), (0,), (1,), (7,), (8,), (9,), (3, 0, 2), (1, 1), (3, 5), (2, 3, 11), (8, 16)])
+def test_booleans_are_packed(tmp_path, shape):
+    array = np.random.default_rng(0).random(shape) < 0.5
+    arrays = {'bits': array, 'turned': array.T, 'tensor': torch.from_numpy(np.asarray(array)), 'numbers': np.ones(3)}
+    save_arrays(tmp_path / 'f', arrays)
+    found = load_arrays(tmp_path / 'f')[0]
+    assert list(found) == list(arrays) and found['numbers'].tolist() == [1, 1, 1]
+    assert equal(found['bits'], array) and equal(found['tensor'], array)
+    assert equal(found['turned'], np.asarray(array.T, order='C'))
+    found['bits'][...] = True  # what is loaded can be written to
+
+    stored = load_file(tmp_path / 'f')['bits']  # as any other reader sees it
+    assert stored.dtype == np.uint8 and stored.shape == ((array.size + 7) // 8,)
+    assert np.array_equal(np.unpackbits(stored, count=array.size).reshape(shape), array)
+
+
+@given(hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)))
+@quick
+def test_booleans_of_any_shape_come_back(tmp_path, array):
+    save_arrays(tmp_path / 'f', {'a': array})
+    assert equal(load_arrays(tmp_path / 'f')[0]['a'], array)
+
+
+def test_booleans_are_eight_times_smaller_also_in_a_result(tmp_path):
+    fooled = np.random.default_rng(0).random((1000, 80)) < 0.5
+    sizes = {}
+    for kind in (bool, 'uint8'):
+        Result(xr.Dataset({'fooled': (('sample', 'attack'), fooled.astype(kind))})).save(tmp_path / 'f')
+        assert equal(Result.load(tmp_path / 'f').dataset.fooled.values, fooled.astype(kind))
+        sizes[kind] = (tmp_path / 'f').stat().st_size
+    assert 10_000 < sizes[bool] < 12_000 and sizes['uint8'] > 80_000
+
+
+def test_booleans_that_somebody_else_stored(tmp_path):
+    save_file({'a': np.array([[True, False]])}, tmp_path / 'f')
+    assert equal(load_arrays(tmp_path / 'f')[0]['a'], np.array([[True, False]]))
+    header = {'format': 1, 'names': ['a'], 'meta': {}}  # no note about bits: nothing is unpacked
+    save_file({'a': np.array([3], 'uint8')}, tmp_path / 'f', {'robustnb': json.dumps(header)})
+    assert equal(load_arrays(tmp_path / 'f')[0]['a'], np.array([3], 'uint8'))
+
+
+@pytest.mark.parametrize('stored', [np.zeros(2, 'uint8'), np.zeros(1, 'int8'), np.zeros((1, 1), 'uint8')])
+def test_a_note_that_does_not_fit_the_bits(tmp_path, stored):
+    header = {'format': 1, 'names': ['a'], 'bits': {'a': [2, 2]}, 'meta': {}}
+    save_file({'a': stored}, tmp_path / 'f', {'robustnb': json.dumps(header)})
+    with pytest.raises(ValueError, match=r"array 'a' should hold the bits of the shape \[2, 2\], but is"):
+        load_arrays(tmp_path / 'f')
+
+
 def test_the_same_content_is_the_same_bytes(tmp_path):
     for name in 'fg':
         save_arrays(tmp_path / name, {'b': np.eye(2), 'a': np.arange(3)}, {'seed': 7})
@@ -670,8 +719,8 @@ def test_a_module_of_ours_is_imported(tmp_path, monkeypatch, kinds):
         type('Late', (Result,), {'kind': 'late', '__module__': name})
 
     path = strange(tmp_path / 'f', kind='late', module='robustnb.late_one')
-    monkeypatch.setattr(results.importlib.util, 'find_spec', lambda name: True)
-    monkeypatch.setattr(results.importlib, 'import_module', found)
+    finder = types.SimpleNamespace(find_spec=lambda name: True)
+    monkeypatch.setattr(results, 'importlib', types.SimpleNamespace(util=finder, import_module=found))  # as this module sees it
     assert type(Result.load(path)).__name__ == 'Late' and imported == ['robustnb.late_one']
     Result.load(path)
     assert len(imported) == 1

@@ -1,5 +1,7 @@
 """Training: objectives against plain loops, seeds, interruptions, and the networks that travel with the package."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +166,203 @@ def test_every_kind_of_data_is_shuffled_alike(data):
     assert all(torch.allclose(found[0], other) for other in found[1:])
     with pytest.raises(TypeError, match='scale them to'):
         fit(make_net(), ((data.x * 255).byte(), data.y), epochs=1, show_progress=False)
+
+
+# ---------------------------------------------------------------------------------------- schedules, groups, precision
+
+
+def rates(data, schedule, epochs: int = 2, optimizer=None, **more) -> list[float]:
+    "The learning rates that the steps of a training had."
+    seen = []
+
+    def watched(parameters):
+        made = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.5)))(parameters)
+        made.register_step_pre_hook(lambda o, *_: seen.append(float(o.param_groups[0]['lr'])))
+        return made
+
+    fit(make_net(), data, epochs=epochs, batch_size=10, optimizer=watched, schedule=schedule, show_progress=False, **more)
+    return seen
+
+
+def test_schedules_by_hand(data):
+    middle = [(step + 0.5) / 10 for step in range(10)]
+    wanted = {
+        'constant': [0.5] * 10,
+        'linear': [0.5 * (1 - t) for t in middle],
+        'cosine': [0.25 * (1 + math.cos(math.pi * t)) for t in middle],
+        'steps': [0.5 if t < 0.5 else 0.05 if t < 0.75 else 0.005 for t in middle],
+        'one cycle': [0.5 * min(t / 0.4, (1 - t) / 0.6) for t in middle],
+    }
+    assert wanted.keys() == training.SCHEDULES.keys()
+    for name, values in wanted.items():
+        assert rates(data, name) == pytest.approx(values)
+        assert all(0 <= training.SCHEDULES[name](t) <= 1 for t in (0, 0.3, 1))
+    assert rates(data, lambda done: done**2) == pytest.approx([0.5 * t**2 for t in middle])
+    tensor = rates(data, 'linear', optimizer=lambda p: torch.optim.Adam(p, lr=torch.tensor(0.5)))
+    assert tensor == pytest.approx(wanted['linear']), 'a learning rate may be a tensor'
+
+
+def test_what_is_no_schedule(data):
+    with pytest.raises(ValueError, match="no schedule 'slow'; there are 'constant'"):
+        rates(data, 'slow')
+    with pytest.raises(ValueError, match='no length'):
+        fit(make_net(), iter([(data.x, data.y)]), epochs=1, schedule='linear', show_progress=False)
+
+
+class Apart:
+    "One loss for the first layer and another for the last."
+
+    def groups(self, model):
+        return {'first': model[1].parameters(), 'last': [*model[4].parameters()]}
+
+    def loss(self, model, batch, step):
+        loss = F.cross_entropy(model(batch.x), batch.y)
+        return {'last': loss, 'first': -loss + model[1].weight.square().sum()}
+
+
+def test_groups_equal_two_plain_optimizers(data):
+    net = make_net()
+    makers = {'first': lambda p: torch.optim.SGD(p, lr=0.1), 'last': lambda p: torch.optim.Adam(p, lr=0.01)}
+    first, last = makers['first'](net[1].parameters()), makers['last'](net[4].parameters())
+    for epoch in range(2):
+        for x, y, _ in batches(data, 16, shuffle=epoch):
+            grads = []
+            for which in ('first', 'last'):
+                net.zero_grad()
+                loss = F.cross_entropy(net(x), y)
+                (loss if which == 'last' else -loss + net[1].weight.square().sum()).backward()
+                grads.append([p.grad.clone() for p in (net[1] if which == 'first' else net[4]).parameters()])
+            for layer, found in zip((net[1], net[4]), grads, strict=True):
+                for p, g in zip(layer.parameters(), found, strict=True):
+                    p.grad = g
+            first.step(), last.step()
+    found = fit(make_net(), data, Apart(), epochs=2, batch_size=16, optimizer=makers, show_progress=False)
+    assert torch.allclose(weights(found.model), weights(net), atol=1e-6)
+    assert {'loss of first', 'loss of last'} < set(found.history[0])
+    found.plot()
+
+
+def test_one_loss_for_all_groups(data):
+    class Together(Apart):
+        def loss(self, model, batch, step):
+            return F.cross_entropy(model(batch.x), batch.y)
+
+    found, plain = (fit(make_net(), data, o, epochs=1, show_progress=False).model for o in (Together(), Standard()))
+    assert torch.allclose(weights(found), weights(plain))
+
+
+def test_groups_that_do_not_fit(data):
+    class Twice(Apart):
+        def groups(self, model):
+            return {'first': model.parameters(), 'last': model[4].parameters()}
+
+    class Half(Apart):
+        def loss(self, model, batch, step):
+            return {'first': super().loss(model, batch, step)['first']}
+
+    quiet = {'epochs': 1, 'show_progress': False}
+    with pytest.raises(ValueError, match="is in the groups 'first' and 'last'"):
+        fit(make_net(), data, Twice(), **quiet)
+    with pytest.raises(ValueError, match=r"losses for \['first'\], but its groups are \['first', 'last'\]"):
+        fit(make_net(), data, Half(), **quiet)
+    with pytest.raises(ValueError, match='optimizers for'):
+        fit(make_net(), data, Apart(), optimizer={'first': torch.optim.SGD}, **quiet)
+    with pytest.raises(TypeError, match='function of the parameters'):
+        fit(make_net(), data, optimizer=torch.optim.SGD(make_net().parameters()), **quiet)
+    with pytest.raises(ValueError, match='one number for a batch.* got float'):
+        fit(make_net(), data, lambda model, batch, step: 0.5, **quiet)
+    with pytest.raises(ValueError, match='take the mean'):
+        fit(make_net(), data, lambda model, batch, step: model(batch.x), **quiet)
+
+
+def test_gradients_that_an_objective_leaves_behind_do_not_count(data):
+    def untidy(model, batch, step):
+        model(batch.x).sum().backward()
+        return Standard().loss(model, batch, step)
+
+    found, plain = (fit(make_net(), data, o, epochs=1, show_progress=False).model for o in (untidy, Standard()))
+    assert torch.equal(weights(found), weights(plain))
+    assert all(p.grad is None for p in found.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(dtype, data):
+    seen = []
+
+    def watching(model, batch, step):
+        with torch.no_grad():
+            model(batch.x)  # a cast that must not be used again where gradients are wanted
+        x_adv = training._attacked(PGD(0.1, steps=2), model, batch, step)
+        assert x_adv.dtype == torch.float32 and (x_adv - batch.x).abs().max() <= 0.1 + 1e-6
+        logits = model(x_adv)
+        seen.append(logits.dtype)
+        return F.cross_entropy(logits.float(), batch.y)
+
+    found = fit(make_net(), data, watching, epochs=3, autocast=dtype, show_progress=False)
+    assert set(seen) == {dtype} and all(p.dtype == torch.float32 for p in found.model.parameters())
+    plain = fit(make_net(), data, Adversarial(PGD(0.1, steps=2)), epochs=3, show_progress=False)
+    moved, wanted = (weights(r.model) - weights(make_net()) for r in (found, plain))
+    assert F.cosine_similarity(moved, wanted, dim=0) > 0.9
+
+
+def test_float16_losses_are_scaled(data):
+    scales = []
+
+    class Watching(Standard):
+        def loss(self, model, batch, step):
+            loss = super().loss(model, batch, step)
+            loss.register_hook(lambda gradient: scales.append(float(gradient)))
+            return loss * (torch.inf if step == 2 else 1)
+
+    fit(make_net(), data, Watching(), epochs=1, batch_size=10, autocast=torch.float16, show_progress=False)
+    assert scales[:2] == [2.0**16, 2.0**16] and scales[3] == 2.0**15, 'an overflow halves the scale'
+
+
+# ------------------------------------------------------------------------------------------------- the choice of the epoch
+
+
+def test_the_best_epoch_is_taken(data):
+    accuracies = iter([0.5, 0.9, 0.9, 0.7])
+    kept = []
+
+    def fake(model, valid, attack):
+        kept.append(weights(model).clone())
+        return {'accuracy': next(accuracies)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, '_measured', fake)
+        found = fit(make_net(), data, epochs=4, valid=data, choose='accuracy', show_progress=False)
+    assert found.epoch == 2 and torch.equal(weights(found.model), kept[1]), 'the first of the best'
+    assert len(found.history) == 4
+
+
+def test_robust_accuracy_is_measured_along_the_way(data):
+    attack = PGD(0.2, steps=3)
+    found = fit(make_net(), data, epochs=3, valid=data, attack=attack, show_progress=False)
+    right = 1 - attack.run(found.model, data.x, data.y).success.float().mean()
+    assert found.history[-1]['robust'] == pytest.approx(float(right)) and found.epoch == 3
+    assert found.history[-1]['accuracy'] == accuracy(found.model, data)
+    found.plot()
+
+
+@pytest.mark.parametrize('how', [{'choose': 'accuracy'}, {'choose': 'robust', 'valid': 1}, {'attack': PGD()}, {'choose': 'loss'}])
+def test_a_choice_that_nothing_decides(how, data):
+    how = how | ({'valid': data} if 'valid' in how else {})
+    with pytest.raises(ValueError, match='needs valid='):
+        fit(make_net(), data, epochs=1, show_progress=False, **how)
+
+
+def test_seeds_give_other_networks_and_other_orders(data):
+    from robustnb.models import build
+
+    starts = [weights(build('digits_cnn', seed=seed)) for seed in range(5)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
+    orders = []
+
+    def noting(model, batch, step):
+        orders.append(tuple(batch.ids.tolist()))
+        return Standard().loss(model, batch, step)
+
+    for seed in range(3):
+        fit(make_net(), data, noting, epochs=2, seed=seed, batch_size=50, show_progress=False)
+    assert len(set(orders)) == 6, 'each seed and each epoch has an order of its own'

@@ -20,7 +20,6 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbdev.clean import nbdev_clean
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that spin while they wait slow down everybody on a busy machine
 
@@ -43,7 +42,7 @@ DIRECTIVE = re.compile(r'^#\|\s*(\S+)[ \t]*(.*?)\s*$', re.M)
 MACHINE_PATH = re.compile(r'(?<![\w+.])/(?:root|home|tmp|work|Users|var/folders)\b')
 _PATH = re.compile(r'(?<![\w+.])(?:/[\w.+@~-]+)+')
 _TEMPORARY_NAME = re.compile(r'\btmp[a-z0-9_]{8}\b')
-_COLOUR = re.compile(r'\x1b\[[\d;]*m')
+COLOUR = re.compile(r'\x1b\[[\d;]*m')
 
 
 def notebooks(folder: Path = NBS) -> list[Path]:
@@ -89,15 +88,14 @@ class Runner(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **kwargs)
 
 
-def _execute(nb: nbformat.NotebookNode, folder: Path, skip_flags: set[str]) -> None:
-    "Run the cells of `nb` in a fresh kernel that stands in `folder`."
+def execute(nb: nbformat.NotebookNode, folder: Path, skip_flags: set[str], variables: dict[str, str]) -> None:
+    "Run the cells of `nb` in a fresh kernel that stands in `folder` and has these environment variables."
     with tempfile.TemporaryDirectory() as ipython_dir:
         env = os.environ | {
             'IPYTHONDIR': ipython_dir,
             'PJRT_DEVICE': 'CPU',
             'PYTHONHASHSEED': '0',
-            'PYTHONPATH': str(ROOT),
-            'ROBUSTNB_PLAIN': '1',
+            **variables,
         }
         runner = Runner(
             nb,
@@ -153,8 +151,10 @@ def _tidy(nb: nbformat.NotebookNode) -> None:
 
 def run(path: Path, skip_flags: set[str]) -> None:
     "Run the notebook at `path` and write its outputs into it. A cell that fails leaves the file as it was."
+    from nbdev.clean import nbdev_clean
+
     nb = nbformat.read(path, as_version=4)
-    _execute(nb, path.parent, skip_flags)
+    execute(nb, path.parent, skip_flags, {'PYTHONPATH': str(ROOT), 'ROBUSTNB_PLAIN': '1'})
     _tidy(nb)
     nbformat.write(nb, path)
     nbdev_clean.__wrapped__(fname=str(path))  # the function itself: the decorated one reads the command line
@@ -174,7 +174,7 @@ def main() -> int:
         try:
             run(path, skip_flags)
         except CellExecutionError as error:
-            problem = f'  FAILED\n{_COLOUR.sub("", str(error))}'
+            problem = f'  FAILED\n{COLOUR.sub("", str(error))}'
         size = path.stat().st_size
         if not problem and size > size_limit(path):
             problem = f'  TOO LARGE: at most {size_limit(path) / 1000:.0f} kB'
