@@ -83,6 +83,10 @@ docs: $(DOCS)  ## the site from the notebooks and their outputs, in _docs
 parity: bench-env  ## the same attacks in torchattacks, foolbox and ART give the same numbers, in .venv-bench
 	@$(BENCH_VENV)/bin/python -m pytest tests/bench/test_parity.py --durations=5 $(ARGS)
 
+.PHONY: experiments
+experiments: $(DEV)  ## train and judge again what nbs/experiments shows: half an hour on two cores; ROBUSTNB_DATA names the folder of MNIST
+	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb
+
 .PHONY: bench
 bench: bench-env  ## how long attacks take here, in torchattacks, foolbox and ART; ARGS='--rounds 3 --only pgd-40' picks
 	@$(BENCH_VENV)/bin/python tests/bench/attacks.py $(ARGS)

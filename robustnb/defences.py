@@ -9,10 +9,12 @@ __all__ = ['TRADES', 'MART', 'WeightSize', 'InputGradient', 'LogitPairing']
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attacks import LOSSES, PGD, Attack, _is_relative, _two_columns
 from .data import Batch
@@ -32,8 +34,15 @@ def _both(model: nn.Module, batch: Batch, x_adv: Tensor) -> tuple[Tensor, Tensor
 # %% ../nbs/29_defences.ipynb #9254a594
 def _check_weight(owner, name: str) -> None:
     "An error for a weight that would reward what it should punish."
-    if not 0 <= getattr(owner, name) < inf:
-        raise ValueError(f'{name} of {type(owner).__name__} must be at least 0 and finite, got {getattr(owner, name)}')
+    value = getattr(owner, name)
+    if not isinstance(value, Real) or not 0 <= value < inf:
+        raise ValueError(f'{name} of {type(owner).__name__} must be a number of at least 0 and finite, got {value!r}')
+
+def _check_attack(owner) -> None:
+    "An error for an attack that cannot be called."
+    if not callable(owner.attack) or isinstance(owner.attack, type):
+        raise TypeError(f'attack of {type(owner).__name__} is a perturbation, such as PGD(eps=0.1), or a function (model, x, y), '
+                        f'got {owner.attack!r}')
 
 # %% ../nbs/29_defences.ipynb #c4f359da
 @dataclass(frozen=True)
@@ -44,10 +53,10 @@ class TRADES(Objective):
 
     def __post_init__(self):
         _check_weight(self, 'beta')
+        _check_attack(self)
         if isinstance(self.attack, Attack) and not _is_relative(self.attack.loss):
             _say_once(f'TRADES looks for the largest divergence, and {self.attack.name} for the largest loss '
-                      f'{self.attack.loss!r}. '
-                      "Was PGD(..., loss='kl') meant?")
+                      f"{self.attack.loss!r}. Was PGD(..., loss='kl') meant?")
 
     def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         "The inputs at which the prediction differs most, (batch, ...)."
@@ -79,6 +88,7 @@ class MART(Objective):
 
     def __post_init__(self):
         _check_weight(self, 'beta')
+        _check_attack(self)
 
     def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         "The attacked batch, (batch, ...)."
@@ -117,13 +127,17 @@ class InputGradient:
 
     def __post_init__(self):
         _check_weight(self, 'weight')
+        if not callable(self.criterion) and self.criterion not in LOSSES or _is_relative(self.criterion):
+            raise ValueError(f"criterion is 'ce', 'margin', 'dlr' or a function (logits, y), got {self.criterion!r}")
 
     def __call__(self, model: nn.Module, batch: Batch, x_adv: Tensor, step: int) -> Tensor:
         "The weighted mean over the batch, a scalar that can be differentiated."
         x = match_dtype(batch.x, model).detach().requires_grad_()
         own = callable(self.criterion)
-        loss = (self.criterion if own else LOSSES[self.criterion])(_logits(_inside(model), x), batch.y if own else batch.y.long())
-        gradient, = torch.autograd.grad(loss.sum(), x, create_graph=True)
+        criterion, y = (self.criterion, batch.y) if own else (LOSSES[self.criterion], batch.y.long())
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the faster kinds of attention have no second derivative
+            loss = criterion(_logits(_inside(model), x), y)
+            gradient, = torch.autograd.grad(loss.sum(), x, create_graph=True)
         return self.weight * gradient.flatten(1).square().sum(1).mean()
 
 # %% ../nbs/29_defences.ipynb #362bf075

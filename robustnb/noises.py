@@ -308,7 +308,8 @@ def _constants(code) -> list:
 
 def _code(code) -> list:
     "What compiled code does."
-    return [code.co_code.hex(), _constants(code), list(code.co_names)]
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]  # compiled to numbers, called by their names
+    return [code.co_code.hex(), _constants(code), list(code.co_names), list(arguments), code.co_flags]
 
 def _names_read(code) -> set[str]:
     "The global names that compiled code reads, also inside the functions that it makes."
@@ -371,6 +372,14 @@ def _settings_of_model(model: nn.Module, above: tuple) -> dict:
     return {'module': type(model).__qualname__, 'values': _fingerprint(known.encode())}
 
 # %% ../nbs/19_noises.ipynb #5a445d74
+def _bytes_of(values: Tensor) -> bytes:
+    "The numbers of a tensor of any kind; none of one on the device `meta`, which has none."
+    if values.is_meta:
+        return b''
+    dense = (values if values.layout is torch.strided else values.to_dense()).detach().cpu().resolve_conj().resolve_neg()
+    return dense.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+
+# %% ../nbs/19_noises.ipynb #1e2c8220
 def _plain_setting(value, above: tuple = ()):
     "A setting as None, bool, number, word, list or dict; `above` are the values that it is a part of."
     if value is None or isinstance(value, bool | int | str):
@@ -382,18 +391,20 @@ def _plain_setting(value, above: tuple = ()):
     above = (*above, value)
     if isinstance(value, nn.Module):
         return _settings_of_model(value, above)
-    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'biufc'):
-        values = torch.as_tensor(value).detach().cpu().contiguous()
-        data = values.view(torch.uint8).numpy() if values.dim() else repr(values.item()).encode()
-        return {'tensor': [*values.shape], 'dtype': str(values.dtype), 'values': _fingerprint(data)}
+    if isinstance(value, Tensor):
+        return {'tensor': [*value.shape], 'dtype': str(value.dtype), 'values': _fingerprint(_bytes_of(value))}
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biufc' and value.dtype.char not in 'gG':
+        return {'array': [*value.shape], 'dtype': value.dtype.str, 'values': _fingerprint(value.tobytes())}
+    if isinstance(value, np.longdouble | np.clongdouble):  # their bytes have gaps, and no other type holds them
+        return repr(value)
     if isinstance(value, np.ndarray | np.generic):
         return _plain_setting(value.tolist(), above)
     if isinstance(value, Mapping):
-        return {str(key): _plain_setting(v, above) for key, v in value.items()}
+        return {key if isinstance(key, str) else _without_address(key): _plain_setting(v, above) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_setting(v, above) for v in value]
     if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))
+        return sorted(map(_without_address, value))
     if isinstance(value, type):
         return f'{value.__module__}.{value.__qualname__}'
     return _settings(value, above) if callable(value) or is_dataclass(value) else _without_address(value)

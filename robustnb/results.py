@@ -600,9 +600,10 @@ class Records:
         return task_key(task) in self._lines
 
     def __getitem__(self, task: Mapping[str, Any]) -> dict:
-        if task not in self:
+        _refresh(self)
+        if (line := self._lines.get(task_key(task))) is None:
             raise KeyError(f'{self.path.name} has no record of {task}')
-        return json.loads(self._lines[task_key(task)])['values']
+        return json.loads(line)['values']
 
     def __iter__(self) -> Iterator[tuple[dict, dict]]:
         _refresh(self)

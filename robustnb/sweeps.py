@@ -28,6 +28,7 @@ from .devices import progress
 from .noises import _fingerprint, settings_of
 from robustnb.results import (
     Records,
+    _appending,
     _as_array,
     _canonical,
     _plain,
@@ -58,8 +59,10 @@ def _plain_tasks(tasks: Iterable[Mapping[str, Any]]) -> list[dict]:
     "The tasks as plain values, each of them once."
     if isinstance(tasks, Mapping | str):
         raise TypeError('tasks is a single one; it should be a list of dicts, for example grid(seed=range(5), eps=[0, 0.1])')
-    plain = [_plain_dict(task, f'tasks[{i}]') for i, task in enumerate(tasks)]
-    return list({task_key(task): task for task in plain}.values())
+    plain, once = [_plain_dict(task, f'tasks[{i}]') for i, task in enumerate(tasks)], {}
+    for task in plain:
+        once.setdefault(task_key(task), task)
+    return list(once.values())
 
 # %% ../nbs/23_sweeps.ipynb #76855284
 def _identity(function: Callable) -> dict[str, str]:
@@ -97,8 +100,8 @@ def _torch_threads(number: int | None) -> Iterator[None]:
         return
     with _lock:
         here = torch.get_num_threads()  # asked in any case: a thread that first computes later would start from another's number
-        _before.append(_before[0] if _before else here)
         torch.set_num_threads(number)
+        _before.append(_before[0] if _before else here)
     try:
         yield
     finally:
@@ -130,8 +133,9 @@ def _run(place: int, function: Callable, task: dict, threads: int | None) -> tup
             how, what = 'done', _split(task, function(**copy.deepcopy(task)))  # which it may change
         except KeyboardInterrupt:
             return place, 'stopped', None
-        except (Exception, SystemExit) as error:
-            how, what = 'failed', (f'{type(error).__name__}: {error}', traceback.format_exc())
+        except BaseException as error:
+            words = ''.join(traceback.format_exception_only(error)).strip()  # also of an error that cannot say what it is
+            how, what = 'failed', (words, traceback.format_exc())
         return (place, 'stopped', None) if seen else (place, how, what)
 
 # %% ../nbs/23_sweeps.ipynb #30e7ea4d
@@ -150,11 +154,13 @@ def _keep(store: Records, record: dict, values: dict, arrays: dict) -> None:
 # %% ../nbs/23_sweeps.ipynb #501b7cb9
 def _recall(store: Records, record: dict) -> tuple[dict, Path | None] | None:
     "The values of a record and the file of its arrays, or None if it is not there or without its arrays."
-    if record not in store:
+    try:
+        found = store[record]
+    except KeyError:
         return None
-    found, file = store[record], _array_file(store, record)
     if not found['arrays']:
         return found['values'], None
+    file = _array_file(store, record)
     return (found['values'], file) if file.is_file() else None
 
 # %% ../nbs/23_sweeps.ipynb #016b56f7
@@ -173,7 +179,7 @@ class Sweep:
     values: list[dict | None]  # the plain values of each task, None where it is not done
     failed: list[tuple[dict, str]] = field(default_factory=list)  # tasks that raised an error, and its words
     interrupted: bool = False  # the sweep was stopped before its last task
-    _arrays: dict[str, Any] = field(default_factory=dict)  # key of a task -> its arrays, or the file that has them
+    _arrays: dict[str, Any] = field(default_factory=dict)  # key of a task that is done -> its arrays, or the file that has them
 
     @property
     def missing(self) -> list[dict]:
@@ -188,9 +194,9 @@ class Sweep:
     def arrays(self, **task) -> dict[str, np.ndarray]:
         "The arrays that the function returned for a task, by name; read from their file if there is one."
         key = task_key(task)
-        if key not in {task_key(one) for one, values in zip(self.tasks, self.values, strict=True) if values is not None}:
+        if key not in self._arrays:
             raise KeyError(f'{task} is not a task of this sweep that is done; give all that a task says, as in {self.tasks[:1]}')
-        kept = self._arrays.get(key, {})
+        kept = self._arrays[key]
         return load_arrays(kept)[0] if isinstance(kept, Path) else dict(kept)
 
     def __len__(self) -> int:
@@ -205,12 +211,21 @@ class Sweep:
         return f'<div><b>{escape(repr(self))}</b>{rows}</div>'
 
 # %% ../nbs/23_sweeps.ipynb #c248d044
+def _check_it_travels(function: Callable) -> None:
+    "An error for a function that cannot be sent to another process."
+    from cloudpickle import dumps
+    try:
+        dumps(function)
+    except Exception as error:
+        raise TypeError(f'the function cannot be sent to the workers ({error}); make in it what it needs') from error
+
 @contextmanager
-def _hearing_of_the_given_up(backend) -> Iterator[None]:
+def _hearing_of_the_given_up(backend, function: Callable) -> Iterator[None]:
     "A block in which joblib's backend for Dask answers also for tasks that the cluster has given up."
     if not (hasattr(backend, 'client') and hasattr(backend, 'submit')):
         yield
         return
+    _check_it_travels(function)
     submit = backend.submit
     def submit_and_listen(batch, callback):
         future, place = submit(batch, callback), batch.items[0][1][0]
@@ -230,15 +245,12 @@ def _hearing_of_the_given_up(backend) -> Iterator[None]:
 log = logging.getLogger(__name__)
 
 @contextmanager
-def _outcomes(calls: Iterator | None, jobs: int | None) -> Iterator[Iterable]:
-    "What comes out of the calls, as it comes, from the workers of the user's backend; afterwards those that wait are cancelled."
-    if calls is None:  # nothing to do wakes no workers
-        yield ()
-        return
-    from joblib import Parallel
+def _outcomes(function: Callable, tasks: dict[int, dict], jobs: int | None, threads: int | None) -> Iterator[Iterable]:
+    "What comes out of tasks, as it comes, from the workers of the user's backend; afterwards those that wait are cancelled."
+    from joblib import Parallel, delayed
     parallel = Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1, pre_dispatch='n_jobs')
-    with _hearing_of_the_given_up(parallel._backend):
-        outcomes = parallel(calls)
+    with _hearing_of_the_given_up(getattr(parallel, '_backend', None), function):
+        outcomes = parallel(delayed(_run)(place, function, task, threads) for place, task in tasks.items())
         try:
             yield outcomes
         finally:
@@ -259,8 +271,8 @@ def _collect(outcomes: Iterable, sweep: Sweep, records: list[dict], store: Recor
             values, arrays = what
             if store is not None:
                 _keep(store, records[place], values, arrays)
-            if arrays:
-                sweep._arrays[task_key(sweep.tasks[place])] = arrays if store is None else _array_file(store, records[place])
+            in_file = arrays and store is not None
+            sweep._arrays[task_key(sweep.tasks[place])] = _array_file(store, records[place]) if in_file else arrays
             sweep.values[place] = values
         bar.update()
 
@@ -271,8 +283,7 @@ def _known(tasks: list[dict], records: list[dict], store: Records | None) -> Swe
     for i, record in enumerate(records if store is not None else []):
         if found := _recall(store, record):
             sweep.values[i], file = found
-            if file:
-                sweep._arrays[task_key(tasks[i])] = file
+            sweep._arrays[task_key(tasks[i])] = file or {}
     return sweep
 
 # %% ../nbs/23_sweeps.ipynb #ea2a9354
@@ -287,15 +298,17 @@ def _failure(sweep: Sweep, first: str, store: Records | None) -> RuntimeError:
 # %% ../nbs/23_sweeps.ipynb #e7c34502
 def _do(function, sweep: Sweep, records: list[dict], store: Records | None, jobs, threads, show_progress: bool) -> list[tuple]:
     "Do the tasks that are missing, and return the failures in the order of the tasks."
-    from joblib import delayed
-    missing, failures = [i for i, values in enumerate(sweep.values) if values is None], []
-    calls = (delayed(_run)(place, function, sweep.tasks[place], threads) for place in missing)
+    tasks, failures = {i: sweep.tasks[i] for i, values in enumerate(sweep.values) if values is None}, []
+    if tasks and store is not None:
+        with _appending(store.path):  # a file that cannot be written is told now, and not after the first task
+            pass
     with progress(None, 'sweep', len(sweep.tasks), show_progress) as bar:
         bar.n = bar.initial = len(sweep)  # the time left is reckoned from the tasks of today
         bar.refresh()
         try:
-            with _outcomes(calls if missing else None, jobs) as outcomes:
-                _collect(outcomes, sweep, records, store, failures, bar)
+            if tasks:  # nothing to do wakes no workers
+                with _outcomes(function, tasks, jobs, threads) as outcomes:
+                    _collect(outcomes, sweep, records, store, failures, bar)
         except KeyboardInterrupt:
             sweep.interrupted = True
             log.warning('interrupted after %d of %d tasks', len(sweep), len(sweep.tasks))
@@ -318,8 +331,10 @@ def sweep(
     "Call a function for each task that is not done yet."
     if errors not in ('raise', 'keep'):
         raise ValueError(f"errors is 'raise' or 'keep', got {errors!r}")
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise ValueError(f'threads is a whole number of at least 1, or None, got {threads!r}')
     identity, tasks = _identity(function), _plain_tasks(tasks)
-    store = Records(records) if isinstance(records, str | Path) else records
+    store = records if records is None or isinstance(records, Records) else Records(records)
     keys = [{'sweep': identity, 'task': task} for task in tasks]
     result = _known(tasks, keys, store)
     failures = _do(function, result, keys, store, jobs, threads, show_progress)

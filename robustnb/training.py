@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from inspect import signature
+from inspect import isroutine, signature
+from operator import index
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +32,10 @@ from robustnb.data import (
     Batch,
     DataSet,
     ImageFiles,
-    _is_pair,
+    _in_memory,
     asset,
     batches,
+    bounds_of,
     cache_folder,
     can_shuffle,
     load_data,
@@ -51,10 +54,10 @@ from robustnb.distributed import (
     same_start,
     world_size,
 )
-from .evaluation import accuracy, evaluate
-from .guard import logits_of, match_dtype
+from .evaluation import _look_over, accuracy, evaluate
+from .guard import _TORCH, check_labels, logits_of, match_dtype
 from .models import MODELS, build, load, save
-from .noises import Perturbation, _plain_setting, perturb
+from .noises import Perturbation, _code_of_class, _plain_setting, _without_address, named, perturb
 from .plots import curves, figure
 
 # %% ../nbs/22_training.ipynb #b837801b
@@ -87,10 +90,21 @@ def _inside(model: nn.Module) -> nn.Module:
 
 def _mean_loss(model: nn.Module, x: Tensor, y: Tensor, loss: str | Callable) -> Tensor:
     "Mean loss of a batch, through the model as it is."
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f'no loss {loss!r}; there are {", ".join(map(repr, LOSSES))}, and any function (logits, y) -> (batch,)')
     per_sample = loss if callable(loss) else LOSSES[loss]
     if _is_relative(per_sample):
         raise ValueError(f'the loss {loss!r} compares with the clean output, so it cannot be minimised alone; see TRADES')
-    return per_sample(logits_of(model(match_dtype(x, model))), y if callable(loss) else y.long()).mean()
+    logits = logits_of(model(match_dtype(x, model)))
+    if callable(loss):
+        return loss(logits, y).mean()
+    if y.shape != (len(x),) or y.is_floating_point() or y.dtype == torch.bool:  # the rest would wait for the device, each step
+        check_labels(y, len(x))
+    try:
+        return per_sample(logits, y.long()).mean()
+    except IndexError:  # a label beyond the last class
+        check_labels(y, len(x), logits.shape[1])
+        raise
 
 # %% ../nbs/22_training.ipynb #ea5454aa
 @dataclass(frozen=True)
@@ -188,6 +202,10 @@ def _checked(losses, groups: dict[str, list]) -> dict[str, Tensor]:
         if not isinstance(loss, Tensor) or loss.dim():
             got = f'shape {tuple(loss.shape)}; take the mean' if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f'an objective returns one number for a batch, or one for each group, got {got}')
+    for name, loss in named.items():
+        if not loss.requires_grad and (name == '' or any(p.requires_grad for p in groups[name])):
+            raise ValueError(f'the loss{name and f" of {name}"} depends on no parameter that is trained: are all frozen '
+                             '(requires_grad), or was it computed inside torch.no_grad(), or from detached tensors?')
     return dict(named)
 
 # %% ../nbs/22_training.ipynb #627b4436
@@ -196,10 +214,12 @@ def _backward(losses: dict[str, Tensor], groups: dict[str, list], scale: Callabl
     if '' in losses:
         scale(losses['']).backward()
         return
-    for name, loss in losses.items():
-        parameters = [p for p in groups[name] if p.requires_grad]
-        found = torch.autograd.grad(scale(loss), parameters, retain_graph=True, allow_unused=True)
-        for parameter, gradient in zip(parameters, found, strict=True):
+    trained = {name: [p for p in groups[name] if p.requires_grad] for name in losses}
+    left = [name for name, parameters in trained.items() if parameters]  # a group may be frozen as a whole
+    while left:
+        name = left.pop(0)
+        found = torch.autograd.grad(scale(losses[name]), trained[name], retain_graph=bool(left), allow_unused=True)
+        for parameter, gradient in zip(trained[name], found, strict=True):
             parameter.grad = gradient
 
 # %% ../nbs/22_training.ipynb #ea0311cb
@@ -207,44 +227,54 @@ class _Trainer:
     "A model, its objective and its optimizers: one gradient step after the other."
 
     def __init__(self, model: nn.Module, objective, optimizer, autocast: torch.dtype | None):
-        self.model, self.objective, self.step, device = model, objective, 0, device_of(model)
+        self.model, self.objective, self.step, self.device = model, objective, 0, device_of(model)
         self.loss_of = _loss_of(objective)
         _into_training_mode(model)
         getattr(objective, 'setup', lambda model: None)(model)
         self.groups = _groups(objective, model)
         self.optimizers = _optimizers(optimizer, self.groups)
+        trained = [p for group in self.groups.values() for p in group]  # perhaps some from outside the model
+        self.parameters = list({id(p): p for p in (*model.parameters(), *trained)}.values())
         # Weights that were cast where no gradient was wanted must not be met again where one is: no cache.
-        self.cast = lambda: torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
-        self.scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
+        self.cast = lambda: torch.autocast(self.device.type, autocast, cache_enabled=False) if autocast else nullcontext()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast is torch.float16)
 
     def __call__(self, batch: Batch | None, factor: float = 1.0) -> dict[str, Tensor]:
         "Take a step, with this share of the learning rate; the losses, by group. None: only other processes have samples."
-        _forget_gradients(self)
+        _forget_gradients(self.parameters)
         losses = {} if batch is None else _gradients(self, batch)
         mean_gradients((p for group in self.groups.values() for p in group), 0 if batch is None else len(batch.x))
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
-            self.scaler.step(optimizer)
-        self.scaler.update()
+        _descend([*self.optimizers.values()], self.scaler, factor)
         getattr(self.objective, 'after_step', lambda model: None)(self.model)
-        sync(device_of(self.model))
+        sync(self.device)
         self.step += 1
         return losses
 
 # %% ../nbs/22_training.ipynb #0b7add3e
-def _forget_gradients(trainer: _Trainer) -> None:
-    "As before a backward pass."
-    for owner in (trainer.model, *trainer.optimizers.values()):  # a group may hold parameters from outside the model
-        owner.zero_grad(set_to_none=True)
+def _forget_gradients(parameters: list[nn.Parameter]) -> None:
+    "As before a backward pass. `zero_grad` of a model would walk over all its modules, each step."
+    for parameter in parameters:
+        parameter.grad = None
 
 def _gradients(trainer: _Trainer, batch: Batch) -> dict[str, Tensor]:
     "Leave the gradients of a batch in the parameters; the losses, by group."
+    batch = Batch(*(part.clone() if part.is_inference() else part for part in batch))  # such tensors cannot be learnt from
     with trainer.cast():
         losses = _checked(trainer.loss_of(trainer.model, batch, trainer.step), trainer.groups)
-    _forget_gradients(trainer)  # the objective may have left some
+    _forget_gradients(trainer.parameters)  # the objective may have left some
     _backward(losses, trainer.groups, trainer.scaler.scale)
     return {name: loss.detach() for name, loss in losses.items()}
+
+# %% ../nbs/22_training.ipynb #0447dcbd
+def _descend(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler, factor: float) -> None:
+    "One step of all optimizers that have a gradient to follow; the scaler of losses knows no others."
+    found = [o for o in optimizers if any(p.grad is not None for group in o.param_groups for p in group['params'])]
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
+        scaler.step(optimizer)
+    if found:
+        scaler.update()
 
 # %% ../nbs/22_training.ipynb #4e87b93e
 def _into_training_mode(model: nn.Module) -> None:
@@ -255,22 +285,26 @@ def _into_training_mode(model: nn.Module) -> None:
         module.training = False
 
 # %% ../nbs/22_training.ipynb #448fa293
-def _generators(data) -> list[torch.Generator]:
-    "The generators that a loader owns."
-    sampler = getattr(data, 'sampler', None)
-    owners = data, sampler, getattr(data, 'batch_sampler', None), getattr(getattr(data, 'batch_sampler', None), 'sampler', None)
+def _samplers(data) -> list:
+    "What decides the order of a loader."
+    whole = getattr(data, 'batch_sampler', None)
+    return [one for one in (getattr(data, 'sampler', None), whole, getattr(whole, 'sampler', None)) if one is not None]
+
+def _generators(loaders: tuple) -> list[torch.Generator]:
+    "The generators that loaders own."
+    owners = [owner for data in loaders for owner in (data, *_samplers(data))]
     found = {id(g): g for owner in owners if isinstance(g := getattr(owner, 'generator', None), torch.Generator)}
     return list(found.values())
 
 # %% ../nbs/22_training.ipynb #adbb82f6
-def _chance(data) -> list[Tensor]:
+def _chance(loaders: tuple) -> list[Tensor]:
     "Where all random generators are, as letters: for each process one tensor."
-    state = {'all': random_state(), 'data': [g.get_state() for g in _generators(data)]}
+    state = {'all': random_state(), 'loaders': [g.get_state() for g in _generators(loaders)]}
     text = json.dumps(state, default=lambda values: values.tolist())
     return gathered(torch.tensor(list(text.encode()), dtype=torch.uint8))
 
 # %% ../nbs/22_training.ipynb #5a5920bb
-def _restore_chance(states: list[Tensor], data) -> None:
+def _restore_chance(states: list[Tensor], loaders: tuple) -> None:
     "The inverse of `_chance`."
     state = json.loads(bytes(states[rank()].tolist()))
     known = state['all']
@@ -278,33 +312,58 @@ def _restore_chance(states: list[Tensor], data) -> None:
     known |= {'torch': torch.tensor(known['torch'], dtype=torch.uint8),
               'cuda': [torch.tensor(one, dtype=torch.uint8) for one in known['cuda']]}
     restore_random_state(known)
-    for generator, bits in zip(_generators(data), state['data'], strict=True):
+    for generator, bits in zip(_generators(loaders), state['loaders'], strict=True):
         generator.set_state(torch.tensor(bits, dtype=torch.uint8))
 
 # %% ../nbs/22_training.ipynb #cf8d7dad
 def _known_data(data) -> dict:
-    "What tells data from others: the values themselves where they are in memory, else their kind and number."
-    held = data if isinstance(data, DataSet) else DataSet(*map(torch.as_tensor, data)) if _is_pair(data) else None
+    "What tells data from others: the values where they are in memory; of a loader, what it shows of itself."
+    held = _in_memory(data)
     if held is not None:
         return _plain_setting({'x': held.x, 'y': held.y, 'ids': held.ids})
-    return {'kind': type(data).__name__, 'samples': size_of(data)}
+    known = {'kind': type(data).__name__, 'samples': size_of(data), 'batches': steps_of(data, 1),
+             'samplers': [type(s).__name__ for s in _samplers(data)], 'generators': len(_generators((data,)))}
+    shown = {name: getattr(data, name, None) for name in ('tensors', 'data', 'targets', 'y', 'size', 'indices')}
+    known |= {name: value for name, value in shown.items() if isinstance(value, Tensor | np.ndarray | list | tuple | int)}
+    return _plain_setting(known) | ({'of': _known_data(data.dataset)} if hasattr(data, 'dataset') else {})
 
 # %% ../nbs/22_training.ipynb #895188c9
+def _known_objective(objective) -> dict | str:
+    "What tells an objective from others: its class and what it holds after `setup`, but for what goes into checkpoints."
+    if isroutine(objective) or isinstance(objective, partial) or not hasattr(objective, '__dict__'):
+        return _plain_setting(objective)
+    state, kind = objective.state_dict() if hasattr(objective, 'state_dict') else {}, type(objective)
+    held = {name: value for name, value in vars(objective).items() if name not in state and name not in _TORCH}
+    return {'kind': _plain_setting(kind)} | _plain_setting(held) | _code_of_class(kind, ())
+
+def _frozen(model: nn.Module) -> list[str]:
+    "What is not trained: parameters without a gradient, and modules in evaluation mode inside a model in training mode."
+    still = [name for name, module in model.named_modules() if model.training and not module.training]
+    return still + [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+# %% ../nbs/22_training.ipynb #2f9f4bbb
+def _differences(saved, now, name: str = '') -> list[str]:
+    "In what two settings differ, in words."
+    if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() == now.keys():
+        return [words for key in now for words in _differences(saved[key], now[key], f'{name} {key}'.strip())]
+    return [] if saved == now else [f'{name} ({saved!r:.80}, now {now!r:.80})']
+
 def _compare(path: Path, saved: dict, settings: dict) -> None:
     "An error that says in what the training of a checkpoint differs from this one."
-    differ = [name for name in settings if saved.get(name) != settings[name]]
-    if differ:
-        words = [f'{name} ({saved.get(name)!r:.80}, now {settings[name]!r:.80})' for name in differ]
+    if words := _differences(saved, settings):
         raise ValueError(f'{path} belongs to another training, with another {"; another ".join(words)}. Give this one a '
                          'checkpoint of its own, or remove the file')
 
-# %% ../nbs/22_training.ipynb #2f9f4bbb
+# %% ../nbs/22_training.ipynb #deb9cab5
 class _Checkpoint:
     "The file of a training; one that writes nothing where there is no path."
 
     def __init__(self, path: str | Path | None, settings: Callable[[], dict]):
         self.path = None if path is None else Path(path)
-        self.settings = None if path is None else json.loads(json.dumps(settings()))  # tuples become lists, as in the file
+        if self.path is not None and self.path.is_dir():
+            raise IsADirectoryError(f'{path} is a folder; checkpoint= names a file, such as {self.path / "run.safetensors"}')
+        # Those of the first process count for all, so that all agree on whether they go on. As in the file: no tuples.
+        self.settings = None if path is None else from_first(json.loads(json.dumps(settings())))
 
     def read(self) -> dict | None:
         "The state of the training, if there is one to go on from."
@@ -333,16 +392,14 @@ def _measured(model: nn.Module, valid, attack) -> dict[str, float]:
     "Accuracy on validation data, and accuracy under attack; several processes share the work."
     if valid is None:
         return {}
-    part = _share(valid)
-    samples = size_of(part) if part is not valid else 1
-    found = torch.zeros(3, dtype=torch.float64)
-    if samples and attack is None:
-        found = torch.tensor([samples, samples * accuracy(model, part), 0], dtype=torch.float64)
-    elif samples:
-        both = evaluate(model, part, attack, show_progress=False).table().accuracy
-        found = torch.tensor([samples, samples * both[0], samples * both[1]], dtype=torch.float64)
+    attacks, found = attack and named(attack, bounds_of(valid)), torch.zeros(3, dtype=torch.float64)
+    for batch in batches(_share(valid), 256, device_of(model)):  # `evaluate`, if interrupted, returns the batches it has: one by one
+        both = [accuracy(model, batch)] if attack is None else evaluate(model, batch, attacks, show_progress=False).table().accuracy
+        found += torch.tensor([1, both[0], 0 if attack is None else both[1]], dtype=torch.float64) * len(batch.x)
     add_up([found])
-    shares = (found[1:] / found[0]).tolist()
+    if not found[0]:
+        raise ValueError('the validation data are empty')
+    shares = (found[1:].round() / found[0]).tolist()  # of whole numbers of samples
     return dict(zip(('accuracy', 'robust')[:1 if attack is None else 2], shares, strict=False))
 
 # %% ../nbs/22_training.ipynb #3acbf308
@@ -351,6 +408,7 @@ class _Run:
     "A training under way, and all that its checkpoints hold."
     trainer: _Trainer
     data: Any
+    loaders: tuple  # the training data and those for validation, which may have generators of their own
     batch_size: int
     seed: int
     steps: int | None  # of an epoch, where it is known
@@ -366,25 +424,41 @@ class _Run:
     now: list[Tensor] | None = None  # and where it was left
 
 # %% ../nbs/22_training.ipynb #3350c630
-_KEPT = 'history', 'best', 'done', 'seen', 'sums', 'seconds', 'begun'
+def _values(model: nn.Module) -> dict:
+    "All that a model holds: its `state_dict`, and the buffers that are left out of it."
+    state = model.state_dict()
+    return {'state': state, 'left out': {name: buffer for name, buffer in model.named_buffers() if name not in state}}
+
+@torch.no_grad()
+def _set_values(model: nn.Module, values: dict) -> None:
+    "The inverse of `_values`."
+    model.load_state_dict(values['state'])
+    for name, buffer in model.named_buffers():
+        if name in values['left out']:
+            buffer.copy_(values['left out'][name])
+
+# %% ../nbs/22_training.ipynb #d4890206
+_KEPT = 'history', 'best', 'done', 'seconds', 'begun'
 
 def _state(run: _Run) -> dict:
     "What a checkpoint holds."
     trainer, objective = run.trainer, run.trainer.objective
     return {name: getattr(run, name) for name in _KEPT} | {
-        'now': _chance(run.data), 'step': trainer.step, 'model': trainer.model.state_dict(),
+        'now': _chance(run.loaders), 'step': trainer.step, 'model': _values(trainer.model),
+        'seen': gathered(torch.tensor(run.seen)), 'sums': {name: gathered(total) for name, total in run.sums.items()},
         'optimizers': {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()},
         'scaler': trainer.scaler.state_dict(), 'objective': objective.state_dict() if hasattr(objective, 'state_dict') else None,
     }
 
-# %% ../nbs/22_training.ipynb #d4890206
+# %% ../nbs/22_training.ipynb #6d3ae8ef
 def _restore(run: _Run, state: dict) -> None:
     "Go back to what a checkpoint holds."
     for name in (*_KEPT, 'now'):
         setattr(run, name, state[name])
     trainer = run.trainer
-    trainer.step = state['step']
-    trainer.model.load_state_dict(state['model'])
+    trainer.step, run.seen = state['step'], int(state['seen'][rank()])
+    run.sums = {name: totals[rank()].to(trainer.device) for name, totals in state['sums'].items()}
+    _set_values(trainer.model, state['model'])
     for name, optimizer in trainer.optimizers.items():
         optimizer.load_state_dict(state['optimizers'][name])
     trainer.scaler.load_state_dict(state['scaler'])
@@ -392,12 +466,23 @@ def _restore(run: _Run, state: dict) -> None:
         trainer.objective.load_state_dict(state['objective'])
 
 # %% ../nbs/22_training.ipynb #4858769e
+def _start_workers(run: _Run) -> None:
+    "Workers that live for a whole training draw their seed in its first epoch, and in no later one."
+    if getattr(run.data, 'persistent_workers', False):
+        run.data._iterator = None
+        if run.history:
+            iter(run.data)
+
+# %% ../nbs/22_training.ipynb #2b3431bf
 def _batches_left(run: _Run) -> Iterator[Batch | None]:
     "The batches that are left of the epoch; None where only other processes have samples."
     if run.now is not None:
-        _restore_chance(run.begun or run.now, run.data)
+        _start_workers(run)
+        _restore_chance(run.begun or run.now, run.loaders)
     if run.every and run.begun is None:
-        run.begun = _chance(run.data)
+        run.begun = _chance(run.loaders)
+    for sampler in _samplers(run.data):
+        getattr(sampler, 'set_epoch', lambda epoch: None)(len(run.history))  # without it, DistributedSampler repeats one order
     mixed = can_shuffle(run.data)
     order = run.seed * 1_000_003 + len(run.history) if mixed else None
     share = (rank(), world_size()) if mixed else (0, 1)
@@ -405,18 +490,19 @@ def _batches_left(run: _Run) -> Iterator[Batch | None]:
     for _ in range(run.done):
         next(loop, None)
     if run.now is not None:
-        _restore_chance(run.now, run.data)
+        _restore_chance(run.now, run.loaders)
         run.now = None
     return loop if not mixed else (next(loop, None) for _ in range(run.done, run.steps))
 
-# %% ../nbs/22_training.ipynb #2b3431bf
+# %% ../nbs/22_training.ipynb #f339fba1
 def _add(run: _Run, batch: Batch | None, losses: dict[str, Tensor]) -> None:
     "Count a step that has been taken."
     run.done += 1
     if batch is not None:
         run.seen += len(batch.x)
         for name, loss in losses.items():
-            run.sums[name] = run.sums.get(name, 0.0) + loss * len(batch.x)
+            wide = loss.to(torch.promote_types(loss.dtype, torch.float32))  # half precision cannot add up an epoch
+            run.sums[name] = torch.add(run.sums.get(name, torch.zeros_like(wide)), wide, alpha=len(batch.x))
 
 # %% ../nbs/22_training.ipynb #51fcaf1b
 def _epoch(run: _Run, file: _Checkpoint, bar) -> dict[str, float]:
@@ -444,10 +530,11 @@ def _epoch(run: _Run, file: _Checkpoint, bar) -> dict[str, float]:
 # %% ../nbs/22_training.ipynb #118e6197
 def _close(run: _Run, entry: dict, choose: str | None) -> None:
     "Note an epoch that is complete, and its weights if none was better."
-    run.history.append(entry)
     if choose and (run.best is None or entry[choose] > run.best['value']):
-        weights = {name: value.clone() for name, value in run.trainer.model.state_dict().items()}
-        run.best = {'epoch': entry['epoch'], 'value': entry[choose], 'model': weights}
+        values = {part: {name: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for name, value in held.items()}
+                  for part, held in _values(run.trainer.model).items()}
+        run.best = {'epoch': entry['epoch'], 'value': entry[choose], 'model': values}
+    run.history.append(entry)
     run.done, run.seen, run.sums, run.seconds, run.begun = 0, 0, {}, 0.0, None
 
 # %% ../nbs/22_training.ipynb #1e9b7cc3
@@ -466,6 +553,8 @@ class Fit:
 
     def plot(self, title: str = 'Training'):
         "The losses of each epoch, and the accuracies on the validation data if there were any."
+        if not self.history:
+            raise ValueError('no epoch was finished, so there is nothing to plot')
         history = self.table()
         losses = {name: history[name] for name in history if name.startswith('loss')}
         shares = {name: history[name] for name in ('accuracy', 'robust') if name in history}
@@ -482,10 +571,21 @@ class Fit:
         return f'Fit({last})'
 
 # %% ../nbs/22_training.ipynb #6cd73ad5
+def _check_numbers(epochs: int, batch_size: int, every: int | None, autocast: torch.dtype | None) -> None:
+    "Refuse numbers that count nothing, and types that nothing is computed in."
+    for name, number, least in (('epochs', epochs, 0), ('batch_size', batch_size, 1), ('every', 1 if every is None else every, 1)):
+        if index(number) < least:
+            raise ValueError(f'`{name}` is a whole number, at least {least}; got {number}')
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f'autocast= is torch.bfloat16, torch.float16 or None; got {autocast!r}')
+
+# %% ../nbs/22_training.ipynb #607030a7
 def _check_choice(choose: str | None, valid, attack) -> None:
     "Refuse a choice of the epoch that nothing could decide."
     if attack is not None and valid is None:
         raise ValueError('attack= says how validation data are attacked, so it needs valid=')
+    if valid is not None and size_of(valid) == 0:
+        raise ValueError('the validation data are empty')
     known = [] if valid is None else ['accuracy'] if attack is None else ['accuracy', 'robust']
     if choose is not None and choose not in known:
         raise ValueError(f"choose={choose!r} is not measured here; 'accuracy' needs valid=, 'robust' needs valid= and attack=")
@@ -531,15 +631,18 @@ def fit(
     show_progress: bool = True,  # one bar over all steps
 ) -> Fit:  # the trained copy and its history
     "Train a copy of `model` on `data`; with a `checkpoint`, go on where an earlier call was interrupted."
+    _check_numbers(epochs, batch_size, every, autocast)
     _check_choice(choose, valid, attack)
+    for part in (data, valid):
+        _look_over(part, batch_size=4096)
     steps, trained = _steps(data, batch_size), copy.deepcopy(model)
     total = steps and steps * epochs
-    file = _Checkpoint(checkpoint, lambda: _settings(
-        model, data, objective, epochs, batch_size, optimizer, schedule, valid, attack, choose, autocast, seed))
     with seeded(seed + 7919 * rank(), device_of(model)), progress(None, 'fit', total, show_progress and rank() == 0) as bar:
         trainer = _Trainer(trained, objective, optimizer, autocast)
+        file = _Checkpoint(checkpoint, lambda: _settings(
+            model, data, objective, epochs, batch_size, optimizer, schedule, valid, attack, choose, autocast, seed))
         same_start([*trained.parameters(), *trained.buffers()])
-        run = _Run(trainer, data, batch_size, seed, steps, every, _factor(schedule, total))
+        run = _Run(trainer, data, (data, valid), batch_size, seed, steps, every, _factor(schedule, total))
         interrupted = _go_on(run, epochs, lambda: _measured(trained, valid, attack), choose, file, bar)
     return _result(run, choose, interrupted)
 
@@ -560,7 +663,8 @@ def _go_on(run: _Run, epochs: int, measure: Callable, choose: str | None, file: 
     except KeyboardInterrupt:
         if world_size() > 1:
             raise  # the others wait for this one
-        log.warning('interrupted after %d of %d epochs; the model is as it was then', len(run.history), epochs)
+        again = f'; the same call goes on from {file.path}' if file.path and file.path.exists() else ''
+        log.warning('interrupted after %d of %d epochs; the result holds what there is%s', len(run.history), epochs, again)
         return True
     return False
 
@@ -569,7 +673,7 @@ def _result(run: _Run, choose: str | None, interrupted: bool) -> Fit:
     "What came out of a training."
     model, epoch = run.trainer.model, len(run.history)
     if choose and run.best:
-        model.load_state_dict(run.best['model'])
+        _set_values(model, run.best['model'])
         epoch = run.best['epoch']
     model.zero_grad(set_to_none=True)
     return Fit(model.eval(), run.history, epoch, interrupted)
@@ -578,8 +682,9 @@ def _result(run: _Run, choose: str | None, interrupted: bool) -> Fit:
 def _settings(model, data, objective, epochs, batch_size, optimizer, schedule, valid, attack, choose, autocast, seed) -> dict:
     "All that decides the outcome of a training; the number of epochs does only where the schedule depends on it."
     return _plain_setting({
-        'model': model, 'data': _known_data(data), 'objective': objective, 'batch size': batch_size, 'optimizer': optimizer,
-        'schedule': schedule, 'epochs': None if schedule == 'constant' else epochs,
+        'model': model, 'frozen parts': _frozen(model), 'data': _known_data(data), 'objective': _known_objective(objective),
+        'batch size': batch_size if can_shuffle(data) else None, 'optimizer': optimizer, 'schedule': schedule,
+        'epochs': None if schedule == 'constant' else epochs,
         'validation data': None if valid is None else _known_data(valid), 'attack': attack, 'choice': choose,
         'autocast': str(autocast), 'seed': seed, 'number of processes': world_size(),
     })
@@ -618,7 +723,7 @@ def trained(
     sized = kind == 'digits' and name in MODELS and 'size' in signature(MODELS[name]).parameters
     size = {'size': int(data[6:] or 8)} if sized else {}
     recipe, stem = RECIPES[kind, training], f'{name}-{data}-{training}-{seed}'
-    model, version = build(name, seed=seed, **size), zlib.crc32(repr(recipe).encode())  # another recipe, another file
+    model, version = build(name, seed=seed, **size), zlib.crc32(_without_address(recipe).encode())  # another recipe, another file
     cached = cache_folder() / 'weights' / f'{stem}-{version:08x}.safetensors'
     try:
         return load(model, asset(f'{stem}.safetensors')).eval()

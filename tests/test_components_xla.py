@@ -23,7 +23,7 @@ from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
 from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Blur, Gaussian, Poisson, SaltPepper, Uniform, matched
-from robustnb.training import Adversarial, fit
+from robustnb.training import Standard, fit
 
 class Block(nn.Module):
     def __init__(self, a, b, stride):
@@ -86,7 +86,7 @@ print('evaluation', bool((a == b).all()))
 
 with seeded(0):
     young = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(150, 5))
-how = {'objective': Adversarial(FGSM(0.05)), 'optimizer': partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+how = {'objective': Standard(), 'optimizer': partial(torch.optim.SGD, lr=0.1, momentum=0.9),
        'batch_size': 8, 'show_progress': False}
 a, b = (fit(m, (x, y), epochs=3, schedule='cosine', **how).model for m in (young, copy.deepcopy(young).to(device)))
 apart = max(float((p - q.cpu()).abs().max()) for p, q in zip(a.parameters(), b.parameters()))

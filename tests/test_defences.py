@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustnb.attacks import APGD, FGSM, PGD, Linf, WorstOf
+from robustnb.attacks import APGD, FGSM, LOSSES, PGD, Linf, WorstOf
 from robustnb.data import Batch
 from robustnb.defences import MART, TRADES, InputGradient, LogitPairing, WeightSize, _boosted, _doubt
 from robustnb.devices import seeded
@@ -360,6 +360,45 @@ def test_settings_are_checked(batch, caplog):
         TRADES(PGD(0.3))
     assert "loss='kl'" in caplog.text
     assert repr(TRADES()) != repr(TRADES(beta=1)) and TRADES() == TRADES() and hash(MART()) == hash(MART())
+
+
+def test_what_is_no_attack_and_no_criterion():
+    for objective in (TRADES, MART):
+        for wrong in ('pgd', None, PGD):
+            with pytest.raises(TypeError, match=f'attack of {objective.__name__} is a perturbation'):
+                objective(wrong)
+        with pytest.raises(ValueError, match="beta of .* got '6'"):
+            objective(beta='6')
+    for wrong in ('nonsense', 'kl', None, LOSSES['kl']):
+        with pytest.raises(ValueError, match="criterion is 'ce', 'margin', 'dlr' or a function"):
+            InputGradient(criterion=wrong)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inward, self.outward = nn.Linear(8, 24), nn.Linear(64, 4)
+
+    def forward(self, x):
+        q, k, v = self.inward(x).chunk(3, -1)
+        return self.outward(F.scaled_dot_product_attention(q, k, v).flatten(1))
+
+
+@pytest.mark.parametrize('net', [
+    Attention(), nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(),
+                               nn.Linear(36, 4)),
+], ids=['attention', 'pool'])
+def test_input_gradients_through_layers_of_many_kinds(net, batch):
+    regularizer = InputGradient(1.0)
+    loss = regularizer(net.double().eval(), double(batch), batch.x, 0)
+    (found,) = torch.autograd.grad(loss, net[0].weight if isinstance(net, nn.Sequential) else net.inward.weight)
+    weight, ends = next(net.parameters()), []
+    place = int(found.abs().argmax())
+    for move in (1e-5, -2e-5):
+        with torch.no_grad():
+            weight.view(-1)[place] += move
+            ends.append(regularizer(net, double(batch), batch.x, 0).item())  # also where no gradient is wanted
+    assert found.flatten()[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
 
 
 def test_the_size_of_weights_counts_what_is_trained():

@@ -70,7 +70,7 @@ def resumed(folder: Path) -> list:
     "A training with dropout and batch norm, interrupted in the middle of its second epoch, and the same without."
     net, path = make_net(nn.BatchNorm2d(4), nn.Dropout(0.2)), folder / 'checkpoint'
     how = {'epochs': 3, 'batch_size': 8, 'seed': 2, 'every': 2, 'show_progress': False}
-    straight = flat(fit(net, make_data(), checkpoint=folder / 'whole', **how).model)
+    straight = fit(net, make_data(), checkpoint=folder / 'whole', **how)
     take = training._Trainer.__call__
 
     def impatient(self, *args):
@@ -84,7 +84,13 @@ def resumed(folder: Path) -> list:
     except KeyboardInterrupt:
         stopped = load_state(path)['step']
     training._Trainer.__call__ = take
-    return [stopped, straight, flat(fit(net, make_data(), checkpoint=path, **how).model)]
+    if rank():  # only the start of the first process counts
+        net = make_net(nn.BatchNorm2d(4), nn.Dropout(0.2)).requires_grad_(True)
+        with torch.no_grad():
+            net[0].weight += 1
+    again = fit(net, make_data(), checkpoint=path, **how)
+    losses = [[entry['loss'] for entry in result.history] for result in (straight, again)]
+    return [stopped, flat(straight.model), flat(again.model), *losses]
 
 
 def sampled():
@@ -144,8 +150,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(case, both):
 
 
 def test_two_processes_go_on_together(both):
-    for stopped, straight, again in (process['resumed'] for process in both):
+    for stopped, straight, again, *losses in (process['resumed'] for process in both):
         assert stopped == 6 and torch.equal(straight, again)
+        assert losses[0] == losses[1], 'each process goes on with its own sums'
     assert torch.equal(both[0]['resumed'][1], both[1]['resumed'][1])
 
 

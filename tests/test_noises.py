@@ -1,5 +1,6 @@
 """Noises against literal re-implementations and their distributions, and noise of the size of an attack."""
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -495,10 +496,34 @@ def test_settings_of_what_refers_to_itself():
 @pytest.mark.parametrize('value', [
     np.float32(0.5), np.int64(3), np.array(['a', None], dtype=object), np.zeros((2, 3)), {3, 1}, frozenset('ab'), int,
     float('nan'), torch.empty(0), torch.tensor(1.0), torch.zeros(2, dtype=torch.bool), torch.zeros(4)[::2],
-    torch.zeros(3, dtype=torch.bfloat16),
+    torch.zeros(3, dtype=torch.bfloat16), np.longdouble(0.1), np.ones(2, np.longdouble), np.arange(3)[::-1],
+    np.arange(3, dtype='>i4'), np.broadcast_to(1.0, 3), torch.tensor([1j]).conj(), torch.tensor([1j]).conj().imag,
+    torch.eye(2).to_sparse(), torch.ones(2, device='meta'), torch.ones(2, requires_grad=True), {keyword_one: 1},
 ])
 def test_settings_of_any_value_are_plain(value):
     assert json.dumps(settings_of(partial(keyword_one, k=value)))
+
+
+@pytest.mark.parametrize('one, other', [
+    (np.arange(3), np.arange(3)[::-1]), (np.arange(3, dtype='>i4'), np.arange(3, dtype='<i4')), (np.zeros(2), np.zeros((1, 2))),
+    (torch.tensor([1j]), torch.tensor([1j]).conj()), (torch.eye(2).to_sparse(), 2 * torch.eye(2).to_sparse()),
+    (np.longdouble(1), np.longdouble(2)),
+])
+def test_settings_tell_arrays_apart(one, other):
+    of = [settings_of(partial(keyword_one, k=value)) for value in (one, other, copy.deepcopy(one))]
+    assert of[0] != of[1] and of[0] == of[2]
+
+
+def test_settings_tell_the_order_of_arguments():
+    "Compiled code knows arguments by their places; a caller may know them by their names."
+    def minus(x, y):
+        return x - y
+
+    def other(y, x):
+        return y - x
+
+    other.__qualname__ = minus.__qualname__
+    assert minus.__code__.co_code == other.__code__.co_code and settings_of(minus) != settings_of(other)
 
 
 def test_a_set_in_the_code_has_no_order():

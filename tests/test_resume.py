@@ -126,11 +126,18 @@ def loader(kind: str):
         return DataLoader(pairs, 8, sampler=torch.utils.data.RandomSampler(pairs, generator=generator))
     if kind == 'list':
         return [(data.x[:20], data.y[:20]), (data.x[20:], data.y[20:])] * 3
+    if kind == 'batch sampler':
+        mixed = torch.utils.data.RandomSampler(pairs, generator=torch.Generator().manual_seed(3))
+        return DataLoader(pairs, batch_sampler=torch.utils.data.BatchSampler(mixed, 8, False))
+    if kind == 'persistent workers':
+        return DataLoader(pairs, 8, shuffle=True, num_workers=1, persistent_workers=True)
     return DataLoader(pairs, 8, shuffle=True)
 
 
 @pytest.mark.parametrize('every', [None, 3])
-@pytest.mark.parametrize('kind', ['own generator', 'sampler', 'list', 'global generator'])
+@pytest.mark.parametrize(
+    'kind', ['own generator', 'sampler', 'batch sampler', 'persistent workers', 'list', 'global generator']
+)
 def test_loaders_go_on_too(kind, every, monkeypatch, tmp_path):
     how = {'epochs': 3, 'every': every, 'show_progress': False}
     straight = fit(make_net(), loader(kind), **how)
@@ -138,6 +145,74 @@ def test_loaders_go_on_too(kind, every, monkeypatch, tmp_path):
         stop_at(patch, 11)
         fit(make_net(), loader(kind), checkpoint=tmp_path / 'run', **how)
     assert outcome(fit(make_net(), loader(kind), checkpoint=tmp_path / 'run', **how)) == outcome(straight)
+
+
+class Centred(nn.Module):
+    "Takes off a running mean that its `state_dict` leaves out, and keeps a count that is no tensor."
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(4, 1, 1), persistent=False)
+        self.calls = 0
+
+    def get_extra_state(self):
+        return {'calls': self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state['calls']
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+            self.mean.mul_(0.5).add_(x.detach().mean((0, 2, 3))[:, None, None], alpha=0.5)
+        return x - self.mean / self.calls if self.calls else x
+
+
+@pytest.mark.parametrize('every', [None, 3])
+def test_all_that_a_model_holds_goes_on(every, monkeypatch, tmp_path):
+    def net():
+        with seeded(0):
+            return nn.Sequential(nn.Conv2d(1, 4, 3), Centred(), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+    how = {'epochs': 4, 'batch_size': 8, 'valid': make_data(), 'choose': 'accuracy', 'every': every, 'show_progress': False}
+    straight = fit(net(), make_data(), **how)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 18)
+        fit(net(), make_data(), checkpoint=tmp_path / 'run', **how)
+    resumed = fit(net(), make_data(), checkpoint=tmp_path / 'run', **how)
+    for one, other in zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert torch.equal(straight.model[1].mean, resumed.model[1].mean) and straight.epoch == resumed.epoch
+    with torch.no_grad():
+        right = (resumed.model(make_data().x).argmax(1) == make_data().y).float().mean()
+    assert float(right) == pytest.approx(resumed.history[resumed.epoch - 1]['accuracy']), 'the best buffers came back too'
+
+
+def test_the_order_of_validation_data_goes_on(monkeypatch, tmp_path):
+    def noting(model, x, y):
+        return x + (0.5 * (torch.arange(len(x)) % 3 == 0))[:, None, None, None]  # depends on the place in the batch
+
+    def how():
+        return {'epochs': 4, 'batch_size': 8, 'valid': loader('own generator'), 'attack': noting, 'show_progress': False}
+
+    straight = fit(make_net(), make_data(), **how())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 18)
+        fit(make_net(), make_data(), checkpoint=tmp_path / 'run', **how())
+    assert outcome(fit(make_net(), make_data(), checkpoint=tmp_path / 'run', **how())) == outcome(straight)
+
+
+def test_nothing_moves_where_nothing_is_left_to_do(tmp_path):
+    import random
+
+    how = {'epochs': 1, 'checkpoint': tmp_path / 'run', 'show_progress': False}
+    fit(make_net(), make_data(), **how)
+    before = random.getstate()
+    random.random()
+    moved, bits = random.getstate(), torch.get_rng_state()
+    fit(make_net(), make_data(), **how)
+    assert random.getstate() == moved and torch.equal(torch.get_rng_state(), bits)
+    random.setstate(before)
 
 
 def test_transforms_that_use_the_generators_of_python_and_numpy(monkeypatch, tmp_path):
@@ -201,6 +276,65 @@ def test_a_file_is_not_taken_up_by_another_training(change, tmp_path):
     with pytest.raises(ValueError, match='belongs to another training, with another'):
         fit(**how | change)
     assert (tmp_path / 'run').read_bytes() == before
+
+
+class Weighted:
+    "An objective that is no dataclass."
+
+    def __init__(self, weight: float):
+        self.weight, self.seen = weight, 0
+
+    def loss(self, model, batch, step):
+        self.seen += 1
+        return self.weight * F.cross_entropy(model(batch.x), batch.y)
+
+    def state_dict(self):
+        return {'seen': self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state['seen']
+
+
+def frozen() -> nn.Sequential:
+    net = make_net()
+    net[0].requires_grad_(False)
+    return net
+
+
+def still() -> nn.Sequential:
+    net = make_net()
+    net[1].eval()
+    return net
+
+
+def pairs(n: int = 50, add: float = 0) -> TensorDataset:
+    return TensorDataset(make_data(n).x + add, make_data(n).y)
+
+
+@pytest.mark.parametrize(
+    ('first', 'then', 'words'),
+    [
+        ({'objective': Weighted(1)}, {'objective': Weighted(2)}, r'another objective weight \(1, now 2\)'),
+        ({}, {'model': frozen()}, r"frozen parts \(\[\], now \['0.weight', '0.bias'\]\)"),
+        ({}, {'model': still()}, r"frozen parts \(\[\], now \['1'\]\)"),
+        ({'data': DataLoader(pairs(), 10)}, {'data': DataLoader(pairs(), 25)}, r'data batches \(5, now 2\)'),
+        ({'data': DataLoader(pairs(), 10)}, {'data': DataLoader(pairs(), 10, shuffle=True)}, 'data samplers'),
+        ({'data': pairs()}, {'data': pairs(add=0.1)}, 'data tensors'),
+        ({'data': DataLoader(pairs(), 10)}, {'data': DataLoader(pairs(add=0.1), 10)}, 'data of tensors'),
+        (
+            {'data': DataLoader(pairs(), 10, shuffle=True)},
+            {'data': DataLoader(pairs(), 10, shuffle=True, generator=torch.Generator())},
+            r'generators \(0, now 1\)',
+        ),
+    ],
+    ids=['objective', 'frozen', 'evaluation mode', 'batches', 'order', 'tensors', 'loaded tensors', 'generator'],
+)
+def test_what_else_makes_another_training(first, then, words, tmp_path):
+    how = {'model': make_net(), 'data': make_data(), 'epochs': 1, 'checkpoint': tmp_path / 'run', 'show_progress': False}
+    fit(**how | first)
+    fit(**how | first)  # also with an objective that has counted meanwhile
+    with pytest.raises(ValueError, match=words):
+        fit(**how | first | then)
 
 
 def test_what_is_no_checkpoint(tmp_path):

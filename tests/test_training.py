@@ -366,3 +366,149 @@ def test_seeds_give_other_networks_and_other_orders(data):
     for seed in range(3):
         fit(make_net(), data, noting, epochs=2, seed=seed, batch_size=50, show_progress=False)
     assert len(set(orders)) == 6, 'each seed and each epoch has an order of its own'
+
+
+# ------------------------------------------------------------------------------------------------------------- bad inputs
+
+
+def with_pixel(data, value: float) -> DataSet:
+    x = data.x.clone()
+    x[3, 0, 1, 1] = value
+    return DataSet(x, data.y)
+
+
+@pytest.mark.parametrize('objective', [Standard(), Adversarial(PGD(0.1, steps=1))], ids=['standard', 'adversarial'])
+def test_bad_inputs_are_named(objective, data):
+    def train(bad, **more):
+        fit(make_net(), bad, objective, epochs=1, show_progress=False, **more)
+
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match='NaN or infinity in 1 of the samples 0 to 49: 3'):
+            train(with_pixel(data, value))
+        with pytest.raises(ValueError, match='NaN or infinity in 1 of the samples 0 to 49: 3'):
+            train(data, valid=with_pixel(data, value))
+    with pytest.raises(TypeError, match=r'scale them to \[0, 1\]'):
+        train(DataSet((data.x * 255).byte(), data.y))
+    with pytest.raises(TypeError, match='labels are torch.float32; expected integer class indices'):
+        train(DataSet(data.x, data.y.float()))
+    with pytest.raises(ValueError, match=r'labels have shape \(50, 2\)'):
+        train(DataSet(data.x, F.one_hot(data.y, 2)))
+    with pytest.raises(ValueError, match='labels run from 1 to 2, the model knows 0 to 1'):
+        train(DataSet(data.x, data.y + 1))
+    with pytest.raises(ValueError, match='labels run from -1 to 0'):
+        train(DataSet(data.x, data.y - 1))
+    train(DataSet(data.x, data.y.int()))
+    train(DataSet(data.x.double(), data.y))
+
+
+@pytest.mark.parametrize('how', [{'epochs': -1}, {'batch_size': 0}, {'every': 0}, {'every': -2}])
+def test_numbers_that_count_nothing(how, data):
+    with pytest.raises(ValueError, match=f'`{next(iter(how))}` is a whole number, at least'):
+        fit(make_net(), data, **how)
+
+
+def test_other_arguments_that_teach(data, tmp_path):
+    quiet = {'epochs': 1, 'show_progress': False}
+    with pytest.raises(TypeError):
+        fit(make_net(), data, epochs=2.5)
+    with pytest.raises(ValueError, match='autocast= is torch.bfloat16, torch.float16 or None'):
+        fit(make_net(), data, autocast=True, **quiet)
+    with pytest.raises(ValueError, match="no loss 'cross'; there are 'ce'"):
+        fit(make_net(), data, Standard('cross'), **quiet)
+    with pytest.raises(ValueError, match='validation data are empty'):
+        fit(make_net(), data, valid=data[:0], choose='accuracy', **quiet)
+    with pytest.raises(ValueError, match='validation data are empty'):
+        fit(make_net(), data, valid=iter([]), **quiet)
+    with pytest.raises(IsADirectoryError, match='is a folder; checkpoint= names a file'):
+        fit(make_net(), data, checkpoint=tmp_path, **quiet)
+    with pytest.raises(ValueError, match='depends on no parameter that is trained'):
+        fit(make_net().requires_grad_(False), data, **quiet)
+    with pytest.raises(ValueError, match='no epoch was finished'):
+        fit(make_net(), data, epochs=0, show_progress=False).plot()
+
+
+def test_tensors_of_inference_mode(data):
+    with torch.inference_mode():
+        inside = [(data.x * 1, data.y * 1)]
+        found = fit(make_net(), inside, epochs=1, show_progress=False).model
+    assert torch.equal(weights(found), weights(fit(make_net(), [(data.x, data.y)], epochs=1, show_progress=False).model))
+    assert inside[0][0].is_inference()
+
+
+def test_an_interruption_while_validating_ends_the_training(data):
+    left = [2]
+
+    def late(model, x, y):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return x
+
+    valid = [(data.x, data.y)] * 3  # the second batch is interrupted: what `evaluate` has by then is not the accuracy
+    found = fit(make_net(), data, epochs=3, valid=valid, attack=late, show_progress=False)
+    assert found.interrupted and not found.history
+
+
+# ------------------------------------------------------------------------------------------- frozen groups, half precision
+
+
+@pytest.mark.parametrize('autocast', [None, torch.float16, torch.bfloat16])
+def test_groups_may_be_frozen_or_without_a_gradient(autocast, data):
+    class Unused(Apart):
+        def loss(self, model, batch, step):
+            loss = F.cross_entropy(model(batch.x).detach() + model[4].bias, batch.y)
+            return {'first': loss, 'last': loss}
+
+    frozen = make_net()
+    frozen[1].requires_grad_(False)
+    for net, objective in ((frozen, Apart()), (make_net(), Unused())):
+        found = fit(net, data, objective, epochs=1, autocast=autocast, show_progress=False).model
+        assert torch.equal(found[1].weight, net[1].weight) and not torch.equal(found[4].bias, net[4].bias)
+
+
+def test_the_mean_loss_of_a_network_in_half_precision(data):
+    many = DataSet(data.x.repeat(40, 1, 1, 1), data.y.repeat(40))
+    found = fit(make_net().bfloat16(), many, epochs=1, batch_size=2, show_progress=False,
+                optimizer=lambda p: torch.optim.SGD(p, lr=0.0))  # fmt: skip
+    assert found.history[0]['loss'] == pytest.approx(F.cross_entropy(make_net()(data.x), data.y).item(), rel=1e-2)
+
+
+def test_samplers_are_told_the_epoch(data):
+    from torch.utils.data.distributed import DistributedSampler
+
+    seen = []
+
+    def noting(model, batch, step):
+        seen.append(batch.x.sum().item())
+        return Standard().loss(model, batch, step)
+
+    fit(make_net(), DataLoader(data, 25, sampler=DistributedSampler(data, 1, 0)), noting, epochs=2, show_progress=False)
+    assert seen[:2] != seen[2:], 'each epoch has an order of its own'
+
+
+def test_a_step_costs_little_more_than_that_of_a_plain_loop():
+    import time
+
+    x, y = torch.rand(2400, 16), torch.arange(2400) % 2
+
+    def net():
+        return nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)), nn.Linear(16, 2))
+
+    def plain():
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for batch in batches((x, y), 8, shuffle=0):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch.x), batch.y).backward()
+            optimizer.step()
+
+    def ours():
+        fit(net(), (x, y), epochs=1, batch_size=8, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), show_progress=False)
+
+    def seconds(work):
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    with torch.random.fork_rng():
+        assert min(seconds(ours) / seconds(plain) for _ in range(3)) < 2

@@ -26,7 +26,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that spin while t
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / 'nbs'
 KERNEL = 'python3'
-CELL_TIMEOUT = 1800  # seconds
+CELL_TIMEOUT = 7200  # seconds; an experiment may be computed in one cell
 
 # Widgets, styled tables and HTML reprs take their ids from uuid4.
 STABLE_IDS = """
