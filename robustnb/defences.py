@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attacks import LOSSES, PGD, Attack, _is_relative, _two_columns
 from .data import Batch
 from .guard import _say_once, logits_of, match_dtype
-from .training import Objective, _attacked, _inside
+from .training import Objective, _inside, attacked
 
 # %% ../nbs/29_defences.ipynb #b4f9a7db
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class TRADES(Objective):
 
     def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         "The inputs at which the prediction differs most, (batch, ...)."
-        return _attacked(self.attack, model, batch, step)
+        return attacked(self.attack, model, batch, step)
 
     def risk(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         "Cross entropy and divergence of the batch, a scalar."
@@ -92,7 +92,7 @@ class MART(Objective):
 
     def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         "The attacked batch, (batch, ...)."
-        return _attacked(self.attack, model, batch, step)
+        return attacked(self.attack, model, batch, step)
 
     def risk(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         "Boosted cross entropy and weighted divergence of the batch, a scalar."

@@ -32,6 +32,7 @@ from robustnb import (
     report,
     training,
 )
+from robustnb.data import Batch
 
 
 class Bomb(nn.Module):
@@ -157,6 +158,7 @@ def cases(p) -> dict:
         'evaluation.calibrate': lambda m: evaluation.calibrate(m, DATA, p, accuracy=0.0, **quiet),
         'evaluation.accuracy': lambda m: evaluation.accuracy(m, DATA),
         'evaluation.evaluate': lambda m: evaluation.evaluate(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
+        'training.attacked': lambda m: training.attacked(p, m, Batch(X, Y, torch.arange(6)), 0),
         'training.fit': lambda m: training.fit(m, DATA, training.Adversarial(p), epochs=2, valid=DATA, **quiet),
         'lsa.layer_sustainability': lambda m: lsa.layer_sustainability(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'lsa.compare': lambda m: lsa.compare(m, X, X.flip(0)),

@@ -53,7 +53,7 @@ CASES = {
     'standard': {'optimizer': SGD, 'schedule': 'cosine'},
     'adversarial': {'objective': Adversarial(PGD(0.1, steps=3)), 'optimizer': SGD},
     'groups': {'objective': Two(), 'optimizer': SGD},
-    'chosen': {'optimizer': SGD, 'attack': PGD(0.1, steps=2), 'choose': 'robust'},
+    'chosen': {'optimizer': SGD, 'valid_attack': PGD(0.1, steps=2), 'choose': 'robust'},
 }
 
 
@@ -101,6 +101,20 @@ def sampled():
                show_progress=False)  # fmt: skip
 
 
+class Drawn(Standard):
+    "An objective that draws something in its set-up."
+
+    def setup(self, model):
+        object.__setattr__(self, 'target', model[0].weight.detach() + torch.rand(4, 1, 3, 3))
+
+
+def drawn() -> torch.Tensor:
+    "What the objective has built, from a network that each process starts with other weights."
+    with seeded(rank()):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    return fit(net, make_data(), Drawn(), epochs=1, show_progress=False).objective.target
+
+
 def refused(data, **how) -> str:
     try:
         fit(make_net(), data, epochs=1, show_progress=False, **how)
@@ -119,6 +133,7 @@ def work(folder: Path) -> None:
             found[case] = {'weights': flat(result.model), 'history': json.dumps(result.history), 'epoch': result.epoch}
         found['resumed'] = resumed(folder)
         found['sampled'] = flat(sampled().model)
+        found['teacher'] = drawn()
         found['few'] = refused(make_data(1))
         pairs = [(make_data(8).x, make_data(8).y)]
         found['uneven'] = refused(pairs * (2 + rank()))
@@ -163,6 +178,10 @@ def test_a_loader_divides_by_itself(both):
               show_progress=False)  # fmt: skip
     assert torch.equal(both[0]['sampled'], both[1]['sampled'])
     assert torch.allclose(both[0]['sampled'], flat(one.model), atol=1e-5)
+
+
+def test_objectives_are_set_up_alike(both):
+    assert torch.equal(both[0]['teacher'], both[1]['teacher'])
 
 
 def test_what_processes_cannot_share(both):

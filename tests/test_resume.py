@@ -89,7 +89,7 @@ HOW = {
     'plain': {},
     'sgd, linear': {'optimizer': SGD, 'schedule': 'linear'},
     'amsgrad, chosen': {'optimizer': ADAM, 'schedule': 'cosine', 'choose': 'accuracy'},
-    'adversarial': {'objective': Adversarial(PGD(0.1, steps=2)), 'choose': 'robust', 'attack': PGD(0.1, steps=3)},
+    'adversarial': {'objective': Adversarial(PGD(0.1, steps=2)), 'choose': 'robust', 'valid_attack': PGD(0.1, steps=3)},
     'own state': {'objective': Averaged()},
     'groups': {'objective': Two(), 'optimizer': {'features': SGD, 'head': ADAM}, 'schedule': 'steps'},
     'float16': {'autocast': torch.float16},
@@ -193,7 +193,7 @@ def test_the_order_of_validation_data_goes_on(monkeypatch, tmp_path):
         return x + (0.5 * (torch.arange(len(x)) % 3 == 0))[:, None, None, None]  # depends on the place in the batch
 
     def how():
-        return {'epochs': 4, 'batch_size': 8, 'valid': loader('own generator'), 'attack': noting, 'show_progress': False}
+        return {'epochs': 4, 'batch_size': 8, 'valid': loader('own generator'), 'valid_attack': noting, 'show_progress': False}
 
     straight = fit(make_net(), make_data(), **how())
     with monkeypatch.context() as patch:

@@ -1,6 +1,8 @@
 """Training: objectives against plain loops, seeds, interruptions, and the networks that travel with the package."""
 
 import math
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -292,7 +294,7 @@ def test_autocast(dtype, data):
     def watching(model, batch, step):
         with torch.no_grad():
             model(batch.x)  # a cast that must not be used again where gradients are wanted
-        x_adv = training._attacked(PGD(0.1, steps=2), model, batch, step)
+        x_adv = training.attacked(PGD(0.1, steps=2), model, batch, step)
         assert x_adv.dtype == torch.float32 and (x_adv - batch.x).abs().max() <= 0.1 + 1e-6
         logits = model(x_adv)
         seen.append(logits.dtype)
@@ -338,14 +340,16 @@ def test_the_best_epoch_is_taken(data):
 
 def test_robust_accuracy_is_measured_along_the_way(data):
     attack = PGD(0.2, steps=3)
-    found = fit(make_net(), data, epochs=3, valid=data, attack=attack, show_progress=False)
+    found = fit(make_net(), data, epochs=3, valid=data, valid_attack=attack, show_progress=False)
     right = 1 - attack.run(found.model, data.x, data.y).success.float().mean()
     assert found.history[-1]['robust'] == pytest.approx(float(right)) and found.epoch == 3
     assert found.history[-1]['accuracy'] == accuracy(found.model, data)
     found.plot()
 
 
-@pytest.mark.parametrize('how', [{'choose': 'accuracy'}, {'choose': 'robust', 'valid': 1}, {'attack': PGD()}, {'choose': 'loss'}])
+@pytest.mark.parametrize(
+    'how', [{'choose': 'accuracy'}, {'choose': 'robust', 'valid': 1}, {'valid_attack': PGD()}, {'choose': 'loss'}]
+)
 def test_a_choice_that_nothing_decides(how, data):
     how = how | ({'valid': data} if 'valid' in how else {})
     with pytest.raises(ValueError, match='needs valid='):
@@ -445,7 +449,7 @@ def test_an_interruption_while_validating_ends_the_training(data):
         return x
 
     valid = [(data.x, data.y)] * 3  # the second batch is interrupted: what `evaluate` has by then is not the accuracy
-    found = fit(make_net(), data, epochs=3, valid=valid, attack=late, show_progress=False)
+    found = fit(make_net(), data, epochs=3, valid=valid, valid_attack=late, show_progress=False)
     assert found.interrupted and not found.history
 
 
@@ -512,3 +516,94 @@ def test_a_step_costs_little_more_than_that_of_a_plain_loop():
 
     with torch.random.fork_rng():
         assert min(seconds(ours) / seconds(plain) for _ in range(3)) < 2
+
+
+# ------------------------------------------------------------------------------------------- objectives that learn
+
+
+class Teacher:
+    "A running mean of the weights, to which the network is drawn."
+
+    def setup(self, model):
+        self.mean = [p.detach().clone() for p in model.parameters()]
+
+    def loss(self, model, batch, step):
+        pull = sum((p - m).square().sum() for p, m in zip(model.parameters(), self.mean, strict=True))
+        return F.cross_entropy(model(batch.x), batch.y) + pull
+
+    def after_step(self, model):
+        for m, p in zip(self.mean, model.parameters(), strict=True):
+            m.lerp_(p.detach(), 0.1)
+
+
+def test_an_objective_learns_in_a_copy_that_comes_back(data):
+    objective = Teacher()
+    found = fit(make_net(), data, objective, epochs=2, show_progress=False)
+    assert vars(objective) == {}, 'that of the caller stays as it is'
+    mean = torch.cat([m.flatten() for m in found.objective.mean])
+    assert not torch.equal(mean, weights(make_net())) and not torch.equal(mean, weights(found.model))
+    assert torch.equal(weights(fit(make_net(), data, objective, epochs=2, show_progress=False).model), weights(found.model))
+
+
+def test_an_objective_that_cannot_be_copied_is_used_as_it_is(data):
+    class Random(Standard):
+        pass
+
+    objective = Random()
+    object.__setattr__(objective, 'lock', threading.Lock())
+    assert fit(make_net(), data, objective, epochs=1, show_progress=False).objective is objective
+
+
+def test_what_an_objective_learns_and_does_not_keep_is_told(data, tmp_path, caplog):
+    fit(make_net(), data, Teacher(), epochs=1, checkpoint=tmp_path / 'a', show_progress=False)
+    assert 'has no state_dict() that says how' in caplog.text
+    caplog.clear()
+
+    class Kept(Teacher):
+        def state_dict(self):
+            return {'mean': self.mean}
+
+        def load_state_dict(self, state):
+            self.mean = state['mean']
+
+    for objective in (Kept(), Standard(), Adversarial(PGD(0.1, steps=1)), Apart()):
+        fit(make_net(), data, objective, epochs=1, checkpoint=tmp_path / type(objective).__name__, show_progress=False)
+    assert 'state_dict' not in caplog.text
+
+
+def test_of_equally_robust_epochs_the_more_accurate_one_is_taken(data):
+    measured = iter([{'accuracy': a, 'robust': r} for a, r in ((0.5, 0.0), (0.9, 0.0), (0.8, 0.0), (0.9, 0.0))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, '_measured', lambda *_: next(measured))
+        found = fit(make_net(), data, epochs=4, valid=data, valid_attack=PGD(), choose='robust', show_progress=False)
+    assert found.epoch == 2
+
+
+def test_more_words(data, tmp_path):
+    quiet = {'epochs': 1, 'show_progress': False}
+
+    class Listed(Apart):
+        def groups(self, model):
+            return [model.parameters()]
+
+    with pytest.raises(TypeError, match='a dictionary, name of a group'):
+        fit(make_net(), data, Listed(), **quiet)
+    with pytest.raises(ValueError, match='has no groups; give one optimizer'):
+        fit(make_net(), data, optimizer={'all': torch.optim.SGD}, **quiet)
+    for schedule in (torch.optim.lr_scheduler.CosineAnnealingLR, partial(torch.optim.lr_scheduler.StepLR, step_size=1)):
+        with pytest.raises(TypeError, match="'cosine' is CosineAnnealingLR"):
+            fit(make_net(), data, schedule=schedule, **quiet)
+    fit(make_net(), data, checkpoint=tmp_path / 'run', **quiet)
+    with pytest.raises(ValueError, match='build the model with a seed'):
+        fit(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 2)), data,
+            checkpoint=tmp_path / 'run', **quiet)  # fmt: skip
+
+
+def test_one_regularizer_needs_no_tuple(data):
+    batch = Batch(data.x[:8], data.y[:8], torch.arange(8))
+
+    def half(model, batch, x_adv, step):
+        return torch.tensor(0.5)
+
+    one, several = (Standard(regularizers=r).loss(make_net(), batch, 0) for r in (half, (half, half)))
+    assert torch.allclose(one + 0.5, several)
