@@ -580,7 +580,7 @@ class Fit:
         fig, axes = figure(1, 2 if shares else 1, height=3.2, squeeze=False)
         curves(history.epoch, losses, xlabel='epoch', ylabel='mean loss', title=title, ax=axes[0, 0])
         if shares:
-            curves(history.epoch, shares, xlabel='epoch', ylabel='on validation data', title=f'taken: epoch {self.epoch}',
+            curves(history.epoch, shares, xlabel='epoch', ylabel='on validation data', title=f'epoch {self.epoch} is taken',
                    ylim=(0, 1), percent=True, ax=axes[0, 1])
             axes[0, 1].axvline(self.epoch, color='0.6', linewidth=1, zorder=0)
         return fig
@@ -656,11 +656,11 @@ def fit(
     _check_choice(choose, valid, valid_attack)
     for part in (data, valid):
         _look_over(part, batch_size=4096)
-    steps, trained = _steps(data, batch_size), copy.deepcopy(model)
+    steps, (trained, own) = _steps(data, batch_size), _copies(model, objective)
     total = steps and steps * epochs
     with seeded(seed, device_of(model)):  # the same in all processes, for what an objective draws in its `setup`
         same_start([*trained.parameters(), *trained.buffers()])
-        trainer = _Trainer(trained, _own(objective), optimizer, autocast)
+        trainer = _Trainer(trained, own, optimizer, autocast)
     file = _Checkpoint(checkpoint, lambda: _settings(
         model, data, trainer.objective, epochs, batch_size, optimizer, schedule, valid, valid_attack, choose, autocast, seed))
     with seeded(seed + 7919 * rank(), device_of(model)), progress(None, 'fit', total, show_progress and rank() == 0) as bar:
@@ -669,12 +669,12 @@ def fit(
     return _result(run, choose, interrupted)
 
 # %% ../nbs/22_training.ipynb #bce09889
-def _own(objective):
-    "A copy of the objective, so that what it learns stays in this training; the objective itself where it cannot be copied."
+def _copies(model: nn.Module, objective) -> tuple[nn.Module, Any]:
+    "Copies of both, so that what they learn stays in this training; an objective that holds the model then holds its copy."
     try:
-        return copy.deepcopy(objective)
-    except (TypeError, RuntimeError):  # a generator, a lock, an open file, a tensor inside a graph
-        return objective
+        return copy.deepcopy((model, objective))
+    except (TypeError, RuntimeError):  # a lock, an open file, a tensor inside a graph: such an objective is used as it is
+        return copy.deepcopy(model), objective
 
 def _look_for_a_memory(objective, file: _Checkpoint) -> None:
     "A note if the objective has changed in training, and the checkpoint does not hold how."

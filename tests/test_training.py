@@ -545,6 +545,16 @@ def test_an_objective_learns_in_a_copy_that_comes_back(data):
     assert torch.equal(weights(fit(make_net(), data, objective, epochs=2, show_progress=False).model), weights(found.model))
 
 
+def test_an_objective_that_holds_the_model_holds_the_copy(data):
+    class Holding(Standard):
+        pass
+
+    net, objective = make_net(), Holding()
+    object.__setattr__(objective, 'layer', net[1])
+    found = fit(net, data, objective, epochs=1, show_progress=False)
+    assert found.objective.layer is found.model[1] and objective.layer is net[1]
+
+
 def test_an_objective_that_cannot_be_copied_is_used_as_it_is(data):
     class Random(Standard):
         pass
