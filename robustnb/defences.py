@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attacks import LOSSES, PGD, Attack, _is_relative, _two_columns
 from .data import Batch
 from .guard import _say_once, logits_of, match_dtype
-from .training import Objective, _inside, attacked
+from .training import Objective, _inside
 
 # %% ../nbs/29_defences.ipynb #b4f9a7db
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -58,10 +58,6 @@ class TRADES(Objective):
             _say_once(f'TRADES looks for the largest divergence, and {self.attack.name} for the largest loss '
                       f"{self.attack.loss!r}. Was PGD(..., loss='kl') meant?")
 
-    def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        "The inputs at which the prediction differs most, (batch, ...)."
-        return attacked(self.attack, model, batch, step)
-
     def risk(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         "Cross entropy and divergence of the batch, a scalar."
         clean, attacked = _both(model, batch, x_adv)
@@ -89,10 +85,6 @@ class MART(Objective):
     def __post_init__(self):
         _check_weight(self, 'beta')
         _check_attack(self)
-
-    def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        "The attacked batch, (batch, ...)."
-        return attacked(self.attack, model, batch, step)
 
     def risk(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         "Boosted cross entropy and weighted divergence of the batch, a scalar."

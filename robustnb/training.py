@@ -19,7 +19,7 @@ from functools import partial
 from inspect import isroutine, signature
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,11 +67,12 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Objective:
     "What training minimises: the risk of a batch that may be perturbed first, and regularizers on top."
+    attack: ClassVar[Callable | None] = None  # a field of those that attack each batch
     regularizers: Callable | Sequence = field(default=(), kw_only=True)  # functions (model, batch, x_adv, step) -> scalar
 
     def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        "The inputs to train on, (batch, ...)."
-        return batch.x
+        "The inputs to train on, (batch, ...): those that the attack leaves, if there is one."
+        return batch.x if self.attack is None else attacked(self.attack, model, batch, step)
 
     def risk(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         "What is minimised for these inputs, a scalar."
@@ -136,10 +137,6 @@ class Adversarial(Objective):
     attack: Callable = PGD(eps=0.1, steps=7)  # a perturbation, or a function (model, x, y) -> x_pert
     clean_weight: float = 0.0  # weight of the clean loss, 0 to 1; the attacked loss has the rest
     criterion: str | Callable = 'ce'  # name in `LOSSES`, or a function (logits, y) -> (batch,)
-
-    def perturbed(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        "The attacked batch, (batch, ...)."
-        return attacked(self.attack, model, batch, step)
 
     def risk(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> Tensor:
         "The weighted mean of the losses on attacked and on clean inputs, a scalar."

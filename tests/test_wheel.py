@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -113,8 +114,11 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def installed(wheel, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    "A new environment that holds the wheel and what it asks for, and the variables of a user who knows of no project."
+def installed(wheel, tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A new environment that holds the wheel and what it asks for, and the variables of a user who knows of no project.
+
+    It is taken away afterwards: torch and CUDA are 7 GB, and pytest would keep those of its last three runs.
+    """
     home = tmp_path_factory.mktemp('environment')
     env = {
         k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'ROBUSTNB', 'VIRTUAL_ENV', 'PJRT', 'MPL'))
@@ -124,8 +128,11 @@ def installed(wheel, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     bin_folder = home / 'venv' / 'bin'
     index = ['--extra-index-url', env['TORCH_INDEX']] if env.get('TORCH_INDEX') else []
     pip = [bin_folder / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *index]
-    run(*pip, '-c', ROOT / 'constraints.txt', wheel, cwd=home, env=env)
-    return bin_folder, env
+    try:
+        run(*pip, '-c', ROOT / 'constraints.txt', wheel, cwd=home, env=env)
+        yield bin_folder, env
+    finally:
+        shutil.rmtree(home / 'venv')
 
 
 @pytest.mark.slow
