@@ -723,7 +723,7 @@ def steps_of(
     if isinstance(data, list | tuple) and not (isinstance(data, Batch) or _is_pair(data)):
         return len(data)  # batches that somebody has cut
     size = size_of(data)
-    return None if size is None else -(-size // batch_size)
+    return None if size is None else -(-size // max(batch_size, 1))  # `batches` complains about 0
 
 # %% ../nbs/14_data.ipynb #dbe0ddb3
 def _origin(data):

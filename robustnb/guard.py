@@ -22,13 +22,24 @@ from torch.nn.parameter import is_lazy
 # %% ../nbs/03_guard.ipynb #0ea48e46
 def _put_back(table: dict | list | set, before: dict | list) -> None:
     "Give `table` the contents that it had `before`, unless it still has them."
-    now, then = ([*t, *t.values()] if isinstance(t, dict) else [*t] for t in (table, before))
-    if len(now) != len(then) or not all(map(operator.is_, now, then)):  # tensors cannot be compared by ==
+    if not _same(table, before):
         table.clear()
         (table.extend if isinstance(table, list) else table.update)(before)
 
+def _same(now: dict | list | set, before: dict | list | set | tuple) -> bool:
+    "Whether two tables hold the same things in the same order; tensors cannot be compared by ==."
+    if len(now) != len(before) or not all(map(operator.is_, now, before)):
+        return False
+    return not isinstance(now, dict) or not before or all(map(operator.is_, now.values(), before.values()))
+
+def _set_mode(module: nn.Module, training: bool | None) -> None:
+    "Set the mode of one module; scripted modules keep it elsewhere, and frozen ones have none."
+    if training is not None and getattr(module, 'training', None) is not training:
+        module.training = training  # not module.train(): a method of its own may do more, such as merging weights
+
 # %% ../nbs/03_guard.ipynb #8e14a5a2
 _TORCH = {*vars(nn.Module()), '_flat_weights'}  # what PyTorch itself keeps in a module, the last one in an LSTM or GRU
+_TABLES = dict, list, set
 
 class _ModuleState:
     "What one module was like: its class, its mode, the names of its attributes and all that PyTorch keeps in it."
@@ -36,19 +47,19 @@ class _ModuleState:
     def __init__(self, module: nn.Module):
         self.module, self.kind, self.training = module, type(module), getattr(module, 'training', None)
         self.attributes = dict(vars(module))
-        tables = [t for k, t in self.attributes.items() if k in _TORCH and isinstance(t, dict | list | set)]
-        self.tables = [(t, dict(t) if isinstance(t, dict) else list(t)) for t in tables]
+        tables = [t for k, t in self.attributes.items() if k in _TORCH and isinstance(t, _TABLES)]
+        self.tables = [(t, t.copy() if t else ()) for t in tables]  # most hold hooks, and are empty
 
     def restore(self):
         if type(self.module) is not self.kind:  # a parametrisation changes the class
             self.module.__class__ = self.kind
         own = vars(self.module)  # pruning, for one, adds attributes that hide a parameter; a counter of yours may count
-        _put_back(own, self.attributes | {k: own[k] for k in own.keys() & self.attributes.keys() - _TORCH})
+        if not _same(own, self.attributes):
+            _put_back(own, self.attributes | {k: own[k] for k in own.keys() & self.attributes.keys() - _TORCH})
         for table, before in self.tables:
-            if table or before:  # most hold hooks, and are empty
+            if table or before:
                 _put_back(table, before)
-        if self.training is not None:  # scripted modules keep their mode elsewhere, and frozen ones have none
-            self.module.training = self.training
+        _set_mode(self.module, self.training)
 
 # %% ../nbs/03_guard.ipynb #02cf7e65
 class _BufferState:
@@ -73,8 +84,8 @@ def _is_expanded(tensor: Tensor) -> bool:
 class _ParameterState:
     "Where the values of one parameter lie, its gradient and flag, and how often it had been changed. Nothing is copied."
 
-    def __init__(self, name: str, parameter: nn.Parameter):
-        self.name, self.parameter, self.data = name, parameter, parameter.data
+    def __init__(self, parameter: nn.Parameter):
+        self.parameter, self.data = parameter, parameter.data
         self.grad, self.requires_grad, self.version = parameter.grad, parameter.requires_grad, _version(parameter)
 
     def restore(self):
@@ -93,12 +104,18 @@ def _version(tensor: Tensor) -> int | None:
 
 # %% ../nbs/03_guard.ipynb #f3cfbdc8
 def _check_model(model: nn.Module) -> None:
-    "Complain about a model that cannot be looked after."
+    "Complain about what is no model."
     if not isinstance(model, nn.Module):
         raise TypeError(f'a model must be a torch.nn.Module, got {type(model).__name__}')
-    lazy = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if is_lazy(p)]
-    if lazy:
-        raise ValueError(f'{lazy[0]} has no shape yet: run the model once on a batch, so that its lazy layers are made')
+
+def _held(modules: list[_ModuleState], table: str) -> list[Tensor]:
+    "The parameters or the buffers of the modules, each once."
+    tensors = {id(t): t for m in modules for t in getattr(m.module, table).values() if t is not None}
+    if lazy := [t for t in tensors.values() if is_lazy(t)]:
+        names = [*modules[0].module.named_parameters(), *modules[0].module.named_buffers()]
+        name = next(name for name, t in names if t is lazy[0])
+        raise ValueError(f'{name} has no shape yet: run the model once on a batch, so that its lazy layers are made')
+    return [*tensors.values()]
 
 # %% ../nbs/03_guard.ipynb #fc262dce
 @contextmanager
@@ -113,20 +130,21 @@ def untouched(
     """
     _check_model(model)
     modules = [_ModuleState(m) for m in model.modules()]
-    buffers = [_BufferState(b) for b in model.buffers()]
-    parameters = [_ParameterState(name, p) for name, p in model.named_parameters()]
+    buffers = [_BufferState(b) for b in _held(modules, '_buffers')]
+    parameters = [_ParameterState(p) for p in _held(modules, '_parameters')]
     try:
-        for p in model.parameters():
-            p.grad = None  # so that nothing can be added to the gradient that the caller keeps
-        for m in model.modules() if training is not None else ():
-            m.training = training  # not model.train(): a method of its own may do more, such as merging weights
+        for state in parameters:
+            state.parameter.grad = None  # so that nothing can be added to the gradient that the caller keeps
+        for state in modules:
+            _set_mode(state.module, training)
         yield model
     finally:
         for state in modules + buffers + parameters:
             state.restore()
         torch.clear_autocast_cache()  # weights cast in here without a gradient must not serve a training step around it
-    changed = [p.name for p in parameters if p.changed]
-    if changed:
+    if any(p.changed for p in parameters):
+        ids = {id(p.parameter) for p in parameters if p.changed}
+        changed = [name for name, p in model.named_parameters() if id(p) in ids]
         raise RuntimeError(f'parameters were changed in place while the model was only lent: {", ".join(changed[:5])}'
                            f'{" ..." if len(changed) > 5 else ""}; they stay changed, so load them again, and work on '
                            'copy.deepcopy(model) instead')

@@ -15,6 +15,7 @@ from math import inf, nan
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .devices import sample_uniform
 
@@ -54,7 +55,7 @@ def relative_error(
 ) -> Tensor:  # (batch,) in [0, inf); inf where undefined: clean is silent and the other is not, or clean overflows
     "Length of the change divided by the length of the clean representation."
     clean, pert = _rows(clean, pert)
-    return _quotient((pert - clean).norm(dim=1), clean.norm(dim=1))
+    return _quotient(vector_norm(pert - clean, dim=1), vector_norm(clean, dim=1))
 
 # %% ../nbs/02_measures.ipynb #f213cc7e
 def relative_l1(
@@ -81,7 +82,7 @@ def cosine_distance(
 ) -> Tensor:  # (batch,) in [0, 2]; inf where undefined: exactly one of the two is silent, or one overflows
     "One minus the cosine of the angle between the two representations."
     clean, pert = _rows(clean, pert)
-    long, short = clean.norm(dim=1), pert.norm(dim=1)
+    long, short = vector_norm(clean, dim=1), vector_norm(pert, dim=1)
     unit = clean / torch.where(long == 0, 1, long)[:, None] - pert / torch.where(short == 0, 1, short)[:, None]
     undefined = (long == 0) ^ (short == 0) | long.isinf() | short.isinf()
     return torch.where(undefined, inf, (unit.square().sum(1) / 2).clamp(max=2))  # rounding may go beyond 2
@@ -111,7 +112,7 @@ def change_norm(
 ) -> Tensor:  # (batch,) in [0, inf), in the representation's unit
     "Euclidean length of the change."
     clean, pert = _rows(clean, pert)
-    return (pert - clean).norm(dim=1)
+    return vector_norm(pert - clean, dim=1)
 
 # %% ../nbs/02_measures.ipynb #5a11c6e4
 def _if_finite(values: Tensor, clean: Tensor, pert: Tensor) -> Tensor:
@@ -284,7 +285,7 @@ class LinearCKA(Accumulator):
         if not self.state:
             return torch.ones(())
         blocks = self.state['products'].unflatten(0, (2, -1)).unflatten(2, (2, -1))
-        (clean, cross), (cross_2, pert) = torch.linalg.vector_norm(blocks, dim=(1, 3))
+        (clean, cross), (cross_2, pert) = vector_norm(blocks, dim=(1, 3))
         alike = (_quotient(cross, clean) * _quotient(cross_2, pert)).clamp(max=1)
         alike = torch.where((clean == 0) & (pert == 0), 1, alike)
         return torch.where((clean == 0) ^ (pert == 0), inf, alike)

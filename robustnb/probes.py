@@ -269,7 +269,7 @@ def _refuse_unreadable(model: nn.Module) -> None:
 
 def _is_compiled(model: nn.Module) -> bool:
     "Whether any part of `model` was given to torch.compile."
-    return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
+    return any('_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
 
 # %% ../nbs/10_probes.ipynb #b680b3a0
 class Probe(Mapping):
@@ -292,11 +292,9 @@ class Probe(Mapping):
         if self._undo is not None:
             raise RuntimeError('this probe is already at work; make a second one')
         with ExitStack() as stack:  # if anything fails here, what was done so far is undone
-            for handle in _hooks(self.model, self._recorder):
-                stack.callback(handle.remove)
+            _watch(self.model, self._recorder, stack)
             if self._compiled:  # compiled code would pass by our hooks
                 stack.enter_context(torch.compiler.set_stance('force_eager'))
-            stack.enter_context(_FunctionTap(self._recorder))
             self._undo = stack.pop_all()
         return self
 
@@ -319,10 +317,37 @@ class Probe(Mapping):
     def __len__(self) -> int:
         return len(self._recorder.captures.by_name())
 
+# %% ../nbs/10_probes.ipynb #c85ff2e8
+def _watch(model: nn.Module, recorder: _Recorder, stack: ExitStack) -> None:
+    "Let the recorder know what runs, until the stack is closed."
+    simple = recorder.reduce is not None and all(map(_is_simple, model.modules()))  # before our own hooks are there
+    handles = []
+    stack.callback(lambda: [handle.remove() for handle in handles])
+    for handle in _hooks(model, recorder):
+        handles.append(handle)
+    if not simple:
+        stack.enter_context(_FunctionTap(recorder))
+
 # %% ../nbs/10_probes.ipynb #4da209a1
+def _is_plain(module: nn.Module) -> bool:
+    "Whether a module is a layer of PyTorch's own that calls no other layer, no activation function and no hook."
+    own = type(module).__module__.startswith('torch.nn.modules.') and not isinstance(module, _ACTIVATIONS)
+    return own and not (module._modules or module._forward_pre_hooks or module._forward_hooks or 'forward' in vars(module))
+
+def _is_simple(module: nn.Module) -> bool:
+    "Whether nothing in a module needs a look at the functions it calls: no code of its owner, nothing in place."
+    known = type(module) in _SIMPLE and not (module._forward_pre_hooks or module._forward_hooks or 'forward' in vars(module))
+    return (known or _is_plain(module)) and not vars(module).get('inplace', False)
+
+_SIMPLE = {nn.Sequential, *_ACTIVATIONS}
+
+# %% ../nbs/10_probes.ipynb #e7df2a2f
 def _hooks(model: nn.Module, recorder: _Recorder) -> Iterator:
-    "Put two hooks on each module, yielding their handles one by one."
+    "Put two hooks on each module that can have something to tell, yielding their handles one by one."
     for name, module in model.named_modules():
+        if name and _is_plain(module) and not recorder.chosen(name, module):
+            continue
+
         def before(module, args, name=name):
             recorder.started(name, module)
 

@@ -23,6 +23,7 @@ from .lsa import LayerSustainability, layer_sustainability
 from .noises import Gaussian, Perturbation, SaltPepper, named, perturb
 from .plots import html_image, image_strip
 from .results import provenance
+from .vulnerable import most_vulnerable
 
 # %% ../nbs/70_report.ipynb #ecf2d600
 @dataclass
@@ -134,12 +135,13 @@ def _masking_words(attacked) -> list[str]:
 # %% ../nbs/70_report.ipynb #4d97b385
 def _profile_words(result: LayerSustainability, attack: str, noise: str) -> list[str]:
     "What a layer profile says, in sentences."
-    sizes, top = result.sizes().set_index('perturbation'), result.most_vulnerable('topk', attack)
+    sizes, top = result.sizes().set_index('perturbation'), most_vulnerable(result, 'topk', attack)
     profile = result.table().set_index(['perturbation', 'layer'])['mean']
     if not top.layers:
         return [f'The relative error is undefined in every layer under {attack}: the layers are silent on clean inputs.']
-    layer, joint = top.layers[0], result.most_vulnerable('joint', attack)
-    measure = result.settings['measure'].replace('_', ' ')
+    layer, joint = top.layers[0], most_vulnerable(result, 'joint', attack, resamples=0)
+    measure, often = result.settings['measure'].replace('_', ' '), top.ranking.how_often[0]
+    again = f' If the samples are redrawn, it is the same layer in {often:.0%} of the draws.' if often >= 0 else ''
     change = {name: f'{sizes.input_change[name]:.2f}' for name in (attack, noise)}
     return [
         f'Each point says how far the representation in a layer moves when the input is perturbed: the {measure}, mean '
@@ -147,7 +149,7 @@ def _profile_words(result: LayerSustainability, attack: str, noise: str) -> list
         'representation itself.',
         f'The most vulnerable layer under {attack} is {layer}: {profile[attack, layer]:.2f}, against '
         f'{profile[noise, layer]:.2f} under {noise}. At the input the two change the images by {change[attack]} and '
-        f'{change[noise]} of their length.',
+        f'{change[noise]} of their length.{again}',
         f'By the rule of the original paper, with its constant at 1, {", ".join(joint.layers) or "no layer"} stands out: '
         f'{joint.reason}.',
         'Share of the predictions that change, at the strengths of this figure: '

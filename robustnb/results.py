@@ -264,6 +264,7 @@ def per_layer(
     return {str(name): array[..., names == name] for name in dict.fromkeys(names.tolist())}
 
 # %% ../nbs/13_results.ipynb #740dca61
+@functools.cache  # to look it up takes longer than many an analysis
 def _version(package: str) -> str:
     "The installed version of a package, without importing it."
     try:
@@ -303,6 +304,17 @@ def _now_unless(given: Mapping[str, Any] | None) -> dict:
     "The provenance that was given, or that of this moment."
     return provenance() if given is None else _plain(given, 'provenance')
 
+def _savable(dataset):
+    "The same Dataset: what could not be saved is refused now, not after hours of work on it."
+    _pack(dataset)
+    return dataset
+
+def _made(result: 'Result'):
+    "The Dataset of a result, made now if it has not been yet."
+    if callable(result._dataset):
+        result._dataset = _savable(result._dataset())
+    return result._dataset
+
 def _sizes(dataset) -> str:
     "The dimensions of a Dataset in words, such as 'sample 3, layer 2'."
     return ', '.join(f'{name} {size}' for name, size in dataset.sizes.items()) or 'no dimensions'
@@ -339,15 +351,15 @@ def _html(result: 'Result') -> str:
 class Result:
     "Labelled numbers, the settings that led to them, and where they come from."
     kind = 'result'
+    dataset = property(_made, doc='The labelled numbers, an `xarray.Dataset`.')
 
     def __init__(
         self,
-        dataset,  # an `xarray.Dataset` of numbers, words and times
+        dataset,  # an `xarray.Dataset` of numbers, words and times; or a function that makes it when it is asked for
         settings: Mapping[str, Any] | None = None,  # how it was computed: plain values only
         provenance: Mapping[str, Any] | None = None,  # versions and time; None for those of now
     ):
-        _pack(dataset)  # what could not be saved is refused now, not after hours of work on it
-        self.dataset = dataset
+        self._dataset = dataset if callable(dataset) else _savable(dataset)
         self.settings = _plain(settings or {}, 'settings')
         self.provenance = _now_unless(provenance)
 

@@ -356,6 +356,9 @@ def _differences(saved, now, name: str = '') -> list[str]:
     "In what two settings differ, in words."
     if isinstance(saved, dict) and isinstance(now, dict) and saved.keys() == now.keys():
         return [words for key in now for words in _differences(saved[key], now[key], f'{name} {key}'.strip())]
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now) <= 9:  # such as several regularizers
+        return [words for number, pair in enumerate(zip(saved, now, strict=True))
+                for words in _differences(*pair, f'{name} {number}')]
     return [] if saved == now else [f'{name} ({saved!r:.80}, now {now!r:.80})']
 
 def _compare(path: Path, saved: dict, settings: dict) -> None:

@@ -17,6 +17,7 @@ from robustnb.guard import Normalized, _say_once
 from robustnb.lsa import layer_sustainability
 from robustnb.measures import MEASURES
 from robustnb.noises import Gaussian, matched
+from robustnb.vulnerable import most_vulnerable
 
 PERTURBATIONS = [Gaussian(0.1), matched(Gaussian(), FGSM(0.05)), FGSM(0.05)]
 
@@ -324,10 +325,10 @@ def test_a_measure_that_is_never_defined_says_so():
         return torch.full((len(clean),), float('nan'))
 
     result = layer_sustainability(make_net(), images(), FGSM(0.1), measure=undefined, show_progress=False)
-    assert not result.most_vulnerable().layers and 'undefined in every layer' in result.most_vulnerable().reason
+    assert not most_vulnerable(result).layers and 'undefined in every layer' in most_vulnerable(result).reason
     result.plot()
     with pytest.raises(TypeError, match="has no setting 'n'; it has k"):
-        result.most_vulnerable(n=2)
+        most_vulnerable(result, n=2)
 
 
 @pytest.mark.parametrize('make', [lambda: FGSM('0.1'), lambda: Gaussian(None), lambda: Gaussian([0.1])])

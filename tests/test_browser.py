@@ -209,13 +209,13 @@ def test_widgets_notebook(drive, root):
     assert not page.errors()
 
 
-def test_layer_sustainability_explorer(drive, root):
-    page = drive(root / 'nbs' / '30_lsa.ipynb')
+def test_layer_explorer(drive, root):
+    page = drive(root / 'nbs' / '35_explorer.ipynb')
     assert float(page.readout('strength')) == 1
     strong, picture = page.words(), page.picture()
     assert 'the relative error is largest in relu3' in strong
 
-    page.press('strength', 'ARROW_LEFT', times=2)
+    page.press('strength', 'ARROW_LEFT')
     assert float(page.readout('strength')) == 0.5
     assert page.words() != strong and page.picture() != picture
 

@@ -19,11 +19,15 @@ from torch import nn
 import robustnb
 from robustnb import (
     adapters,
+    amplification,
     attacks,
     blackbox,
     distributed,
     evaluation,
+    explorer,
     guard,
+    inside,
+    layerwise,
     lsa,
     masking,
     models,
@@ -162,7 +166,12 @@ def cases(p) -> dict:
         'training.fit': lambda m: training.fit(m, DATA, training.Adversarial(p), epochs=2, valid=DATA, **quiet),
         'lsa.layer_sustainability': lambda m: lsa.layer_sustainability(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'lsa.compare': lambda m: lsa.compare(m, X, X.flip(0)),
-        'lsa.explore': lambda m: lsa.explore(m, DATA, {'noise': noises.Gaussian(), 'p': p}, factors=[0.5, 1], **quiet),
+        'lsa.Comparison.__init__': lambda m: compared(m, lsa.Comparison),
+        'explorer.explore': lambda m: explorer.explore(m, DATA, {'noise': noises.Gaussian(), 'p': p}, factors=[0.5, 1], **quiet),
+        'lsa.surface': lambda m: lsa.surface(m, DATA, [noises.Gaussian(), noisy], [0.0, 0.1], **quiet),
+        'inside.look_inside': lambda m: inside.look_inside(m, DATA, {'PGD': noisy, 'p': p}, '7', **quiet),
+        'amplification.spectral_norms': lambda m: amplification.spectral_norms(m, X, steps=20),
+        'layerwise.constant_share': lambda m: layerwise.constant_share(m, DATA),
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
     }
 
@@ -176,7 +185,7 @@ RUNS_NOTHING = {
 }
 ABSTRACT = {'noises.Noise.__call__', 'noises.PixelNoise.__call__', 'attacks.Attack.__call__', 'attacks.Attack.run'}
 CARELESS = ['noises.perturb', 'noises.Matched.__call__', 'guard.untouched', 'evaluation.evaluate', 'training.fit',
-            'lsa.layer_sustainability', 'lsa.explore']
+            'lsa.layer_sustainability', 'explorer.explore', 'inside.look_inside']
 # Their purpose is to change the model that they are given.
 BY_DESIGN = {
     'models.load': 'writes weights into the model',
@@ -188,6 +197,11 @@ BY_DESIGN = {
     **{
         f'defences.{regularizer}.__call__': 'a term of the loss, on the model in training'
         for regularizer in ('WeightSize', 'InputGradient', 'LogitPairing')
+    },
+    'layerwise.LayerRegularizer.__call__': 'a term of the loss, on the model in training',
+    **{
+        f'layerwise.Refreshed.{method}': 'part of a step of training, on the model in training'
+        for method in ('setup', 'loss', 'after_step')
     },
 }
 
@@ -202,6 +216,16 @@ def probed(model, probe):
     "A probe changes no mode, so the model is put into evaluation mode around it, and every mode back."
     with guard.untouched(model), probe(model):
         model(X)
+
+
+def compared(model, comparison):
+    "What waits leaves no trace either."
+    pairs = comparison(model, batch_size=4)
+    before = snapshot(model)
+    for x in X.split(1):
+        pairs.update(x, x.flip(-1))
+        assert_untouched(before, model)
+    pairs.compute()
 
 
 def public_callables_with_a_model() -> list[str]:

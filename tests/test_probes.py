@@ -1135,10 +1135,10 @@ def test_if_the_hooks_cannot_be_placed_none_stays():
     def refuse(*args, **kwargs):
         raise Impatient
 
-    net[4].register_forward_hook = refuse
+    net[2].register_forward_hook = refuse
     with pytest.raises(Impatient), Probe(net):
         pass
-    del net[4].register_forward_hook
+    del net[2].register_forward_hook
     assert_clean(net)
 
 
@@ -1356,3 +1356,53 @@ def test_in_place_activations_in_a_real_net():
     assert list(a) == list(b) and len(a) > 60
     for name in a:
         torch.testing.assert_close(a[name], b[name], msg=name)
+
+
+@pytest.mark.parametrize('how', ['forward hook', 'pre-hook', 'subclass', 'in place', 'parametrised'])
+def test_functions_called_by_the_owner_are_seen_among_plain_layers(how):
+    "Layers of PyTorch's own need no watching, unless their owner has added something to them."
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.ReLU(inplace=how == 'in place'))
+    if how == 'forward hook':
+        net[0].register_forward_hook(lambda module, args, output: F.relu(output))
+    if how == 'pre-hook':
+        net[0].register_forward_pre_hook(lambda module, args: F.relu(args[0]))
+    if how == 'subclass':
+        net[0] = Own(4, 4)
+    if how == 'parametrised':
+        class Positive(nn.Module):
+            def forward(self, weight):
+                return F.relu(weight)
+
+        nn.utils.parametrize.register_parametrization(net[0], 'weight', Positive())
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    expected = {'in place': ['1', '2'], 'pre-hook': ['relu()', '1', '2'],  # called before the layer is
+                'parametrised': ['0.parametrizations.weight.0.relu()', '1', '2']}
+    with torch.no_grad(), Probe(net, ['1', 'activations'], reduce=lambda name, rep: rep) as probe:
+        net(x)
+        assert list(probe) == expected.get(how, ['0.relu()', '1', '2'])
+        assert torch.equal(probe['2'], probe['1'].relu())
+        if how == 'in place':
+            assert probe['1'].min() < 0, 'as it was before it was overwritten'
+
+
+def test_plain_layers_get_no_hooks():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with Probe(net):
+        hooked = {name for name, module in net.named_modules() if module._forward_hooks}
+    assert hooked == {'', '1', '2', '2.1'}
+
+
+def test_a_forward_of_its_owner_on_a_plain_layer_is_followed():
+    "A method put on one layer by hand may call an activation function, or write in place."
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    plain = net[2].forward
+    net[2].forward = lambda x: F.relu(plain(x))
+    for reduce in (None, lambda name, rep: rep.clone()):
+        with Probe(net, 'activations', reduce=reduce) as probe:
+            net(torch.ones(2, 3))
+        assert list(probe) == ['1', '2.relu()']

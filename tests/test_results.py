@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import types
+from collections import deque
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -1301,3 +1302,20 @@ os.kill(child, signal.SIGKILL)
 """
     run_python(script, str(tmp_path / 'f'))
     assert len(Records(tmp_path / 'f')) == 2
+
+
+def test_a_dataset_that_is_made_when_it_is_asked_for(tmp_path):
+    calls = deque()
+
+    def make():
+        calls.append(1)
+        return profile()
+
+    result = Result(make, {'why': 'late'})
+    assert not calls and result.dataset is result.dataset and len(calls) == 1
+    assert result.table().equals(Result(profile()).table())
+    Result(make).save(tmp_path / 'late.safetensors')
+    assert Result.load(tmp_path / 'late.safetensors').dataset.identical(profile())
+    bad = Result(lambda: profile().assign(mean=('layer', [object()] * profile().sizes['layer'])))
+    with pytest.raises((TypeError, ValueError)):
+        _ = bad.dataset

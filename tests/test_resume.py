@@ -17,8 +17,9 @@ from robustnb import training
 from robustnb.attacks import PGD
 from robustnb.checkpoints import load_state, save_state
 from robustnb.data import DataSet
+from robustnb.defences import WeightSize
 from robustnb.devices import seeded
-from robustnb.training import Adversarial, fit
+from robustnb.training import Adversarial, Standard, fit
 
 
 def make_data(n: int = 50) -> DataSet:
@@ -276,6 +277,13 @@ def test_a_file_is_not_taken_up_by_another_training(change, tmp_path):
     with pytest.raises(ValueError, match='belongs to another training, with another'):
         fit(**how | change)
     assert (tmp_path / 'run').read_bytes() == before
+
+
+def test_the_refusal_names_the_setting_of_one_of_several_regularizers(tmp_path):
+    how = {'model': make_net(), 'data': make_data(), 'epochs': 1, 'checkpoint': tmp_path / 'run', 'show_progress': False}
+    fit(**how, objective=Standard(regularizers=(WeightSize(), WeightSize(power=1))))
+    with pytest.raises(ValueError, match=r'with another objective regularizers 1 .*power \(1, now 2\)'):
+        fit(**how, objective=Standard(regularizers=(WeightSize(), WeightSize(power=2))))
 
 
 class Weighted:
