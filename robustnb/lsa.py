@@ -25,6 +25,7 @@ from robustnb.measures import (
     EnergyRelativeError,
     Measure,
     _quotient,
+    _root,
     as_measure,
     block_gain,
     lipschitz_ratio,
@@ -43,8 +44,8 @@ log = logging.getLogger(__name__)
 class _AgainstClean:
     "A reducer for `Probe`: compares the first of `versions` parts of a stacked batch with each of the others."
 
-    def __init__(self, measures: Sequence[Measure], versions: int, samples: int):
-        self.measures, self.versions, self.samples = measures, versions, samples
+    def __init__(self, measures: Sequence[Measure], versions: int):
+        self.measures, self.versions, self.samples = measures, versions, 0
 
     def __call__(self, name: str, rep: Tensor) -> tuple[Tensor, list]:
         if rep.shape[:1] != (self.versions * self.samples,):
@@ -72,45 +73,36 @@ def _measured(measure: Measure, clean: Tensor, *perts: Tensor):
 
 # %% ../nbs/30_lsa.ipynb #0f028c69
 @torch.no_grad()
-def _compare_batch(model: nn.Module, versions: Sequence[Tensor], where, measures: Sequence[Measure]) -> dict:
-    "Compare the clean batch `versions[0]` with the other versions at every layer."
+def _compare_batch(model: nn.Module, probe: Probe, against: _AgainstClean, versions: Sequence[Tensor]) -> dict:
+    "Compare the clean batch `versions[0]` with the other versions at every layer of a probe with the reducer `against`."
     stacked = torch.cat([match_dtype(v, model) for v in versions])
-    shape = len(versions), len(versions[0])
     at_input = _lengths(stacked, len(versions))  # rounded as the network sees it, which may work on it in place
-    others = [m for m in measures if _from_lengths(m) is None]
-    with Probe(model, where, reduce=_AgainstClean(others, *shape)) as probe:
-        output = model(stacked)
+    against.samples = len(versions[0])
+    output = model(stacked)
     sync(stacked.device)
-    kept = dict(probe)
-    lengths = torch.stack([one.to('cpu', torch.float64) for one in (at_input, *(one for one, _ in kept.values()))])
-    found = iter(zip(*(found for _, found in kept.values()), strict=True))
+    lengths, found = zip(*probe.values(), strict=True)
     return {
-        'layers': list(kept),
-        'values': [make(lengths[1:]) if (make := _from_lengths(m)) else _gathered(m, next(found)) for m in measures],
-        'prediction': _predicted(output, len(stacked)).reshape(shape),
-        'input_change': _relative(lengths[0]), 'input_size': lengths[0, 1:].float().numpy(),
-        'size': lengths[1:, 1:].float().numpy(),
+        'layers': list(probe),
+        'lengths': torch.stack([one.to('cpu', torch.float64) for one in (at_input, *lengths)]).numpy(),
+        'values': [_gathered(m, values) for m, values in zip(against.measures, zip(*found, strict=True), strict=True)],
+        'prediction': _predicted(output, len(stacked)).reshape(len(versions), -1),
     }
 
 # %% ../nbs/30_lsa.ipynb #4e8e8e1a
-def _relative(lengths: Tensor) -> np.ndarray:
+def _relative(lengths: np.ndarray) -> np.ndarray:
     "Lengths of the changes relative to the clean ones, (..., perturbation, sample), from (..., versions, sample)."
+    lengths = torch.from_numpy(lengths)
     return _quotient(lengths[..., 1:, :], lengths[..., :1, :]).float().numpy()
 
-# %% ../nbs/30_lsa.ipynb #8ce21c40
-def _weighted(lengths: Tensor) -> list[list[EnergyRelativeError]]:
-    "For each layer and perturbation the energies of the batch, from lengths (layer, versions, sample)."
-    found = []
-    for energy, *changes in lengths.square().sum(2):
-        found.append([EnergyRelativeError() for _ in changes])
-        for accumulator, change in zip(found[-1], changes, strict=True):
-            accumulator.add({'change': change, 'energy': energy})
-    return found
+def _energy_relative(lengths: np.ndarray) -> np.ndarray:
+    "The same over all samples, each weighted by its energy: (..., perturbation)."
+    energies = torch.from_numpy(lengths).square().sum(-1)
+    return _root(_quotient(energies[..., 1:], energies[..., :1])).numpy()
 
-# %% ../nbs/30_lsa.ipynb #0d287d56
+# %% ../nbs/30_lsa.ipynb #8ce21c40
 def _from_lengths(measure: Measure) -> Callable | None:
     "How a measure follows from the lengths alone, which are taken anyway; None if it does not."
-    return _relative if measure.fn is relative_error else _weighted if measure.fn is EnergyRelativeError else None
+    return _relative if measure.fn is relative_error else _energy_relative if measure.fn is EnergyRelativeError else None
 
 def _gathered(measure: Measure, found: Sequence):
     "What a measure found at all layers: an array (layer, perturbation, sample), or the accumulators."
@@ -132,25 +124,25 @@ class _Collected:
 
     def __init__(self, measures: Sequence[Measure]):
         self.measures, self.parts = measures, []
+        self.others = [m for m in measures if _from_lengths(m) is None]
 
     def compare(self, model: nn.Module, versions: Sequence[Tensor], labels: Tensor, ids: Tensor, where, rows: int) -> None:
         "Compare a batch in pieces: about `rows` stacked samples go through the network at once."
         samples, piece = {'label': labels.cpu().numpy(), 'sample': ids.cpu().numpy()}, max(1, rows // len(versions))
-        with untouched(model):
+        against = _AgainstClean(self.others, len(versions))
+        with untouched(model), Probe(model, where, reduce=against) as probe:
             for start in range(0, len(ids), piece):
                 here = slice(start, start + piece)
-                found = _compare_batch(model, [v[here] for v in versions], where, self.measures)
+                found = _compare_batch(model, probe, against, [v[here] for v in versions])
                 self.add(found | {name: values[here] for name, values in samples.items()})
 
     def add(self, part: dict) -> None:
         if self.parts and part['layers'] != self.layers:
             raise ValueError('the network ran other layers for other samples, so there is no common profile; choose '
                              'layers that always run with where=')
-        for number, measure in enumerate(self.measures):
+        for number, measure in enumerate(self.others):
             if measure.stream and self.parts:  # those of the first part take over the others
-                for whole, more in zip(self.parts[0]['values'][number], part['values'][number], strict=True):
-                    for ours, theirs in zip(whole, more, strict=True):
-                        ours.merge(theirs)
+                _merge(self.parts[0]['values'][number], part['values'][number])
                 part['values'][number] = None
         self.parts.append(part)
 
@@ -158,16 +150,25 @@ class _Collected:
     def layers(self) -> list[str]:
         return self.parts[0]['layers']
 
-    def values(self, number: int) -> np.ndarray:
-        "The values of one measure: (layer, perturbation, sample), or (layer, perturbation) of a stream measure."
-        columns = [part['values'][number] for part in self.parts]
-        if self.measures[number].stream:
+    def values(self, measure: Measure) -> np.ndarray:
+        "The values of a measure: (layer, perturbation, sample), or (layer, perturbation) of a stream measure."
+        if make := _from_lengths(measure):
+            return make(self.column('lengths')[1:])
+        columns = [part['values'][self.others.index(measure)] for part in self.parts]
+        if measure.stream:
             return np.array([[float(a.compute()) for a in row] for row in columns[0]])
         return np.concatenate(columns, axis=-1)
 
     def column(self, name: str) -> np.ndarray:
         "What all parts hold under `name`, (..., sample)."
         return np.concatenate([part[name] for part in self.parts], axis=-1)
+
+# %% ../nbs/30_lsa.ipynb #bb826247
+def _merge(whole: list, more: list) -> None:
+    "Let the accumulators of a part, (layer, perturbation), take over those of another."
+    for ours, theirs in zip(whole, more, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            one.merge(other)
 
 # %% ../nbs/30_lsa.ipynb #055fd596
 class LayerSustainability(Result):
@@ -406,13 +407,14 @@ def layer_sustainability(
 # %% ../nbs/30_lsa.ipynb #af7af746
 def _result(found: _Collected, names: list[str], about: dict, number: int = 0) -> LayerSustainability:
     "The result for measure `number` of what was collected."
-    values, prediction, measure = found.values(number), found.column('prediction'), found.measures[number]
+    measure, prediction, lengths = found.measures[number], found.column('prediction'), found.column('lengths')
+    values, sizes = found.values(measure), lengths[:, 1:].astype(np.float32)
     dims, each = ('layer', 'perturbation', 'sample'), ('perturbation', 'sample')
     variables = {
         'value': (dims[:values.ndim], values),
-        'size': (dims, found.column('size')),
-        'input_change': (each, found.column('input_change')),
-        'input_size': (each, found.column('input_size')),
+        'size': (dims, sizes[1:]),
+        'input_change': (each, _relative(lengths[0])),
+        'input_size': (each, sizes[0]),
         'prediction': (each, prediction[1:]),
         'clean_prediction': ('sample', prediction[0]),
         'label': ('sample', found.column('label')),
