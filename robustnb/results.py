@@ -331,7 +331,7 @@ def _load(cls: type, path: str | Path):
     arrays, meta = load_arrays(path)
     if not {'kind', 'module', 'dataset'} <= set(meta):
         raise ValueError(f'{path} holds arrays but no result; read it with load_arrays')
-    found = _class_of(meta['kind'], meta['module'])
+    found = cls if cls.kind == meta['kind'] else _class_of(meta['kind'], meta['module'])
     if not issubclass(found, cls):
         raise ValueError(f'{path} holds a {found.__name__}, not a {cls.__name__}; Result.load reads every kind')
     return found(_unpack(arrays, meta['dataset']), meta['settings'], meta['provenance'])

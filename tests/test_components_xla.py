@@ -71,7 +71,7 @@ print('compilations', seen[-1] - seen[1], seen)
 for make in (lambda i: PGD(0.05 + 0.01 * i, steps=5, keep_going=False, seed=i),
              lambda i: APGD(0.05 + 0.01 * i, steps=6, seed=i)):
     seen = []
-    for i in range(4):
+    for i in range(8):
         make(i)(small_other, x.to(device), y.to(device)).cpu()
         seen.append(compile_count())
     print('again', seen[-1] - seen[1])
@@ -113,7 +113,7 @@ for noise in (Uniform(0.1), Poisson(0.1), Blur(0.8), SaltPepper(0.1), matched(Un
 
 @pytest.mark.skipif(importlib.util.find_spec('torch_xla') is None, reason='torch_xla is not installed')
 def test_components_on_xla_equal_the_cpu(tmp_path):
-    ran = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+    ran = subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, timeout=900, cwd=tmp_path,
                          env=os.environ | {'PJRT_DEVICE': 'CPU'})
     assert ran.returncode == 0, ran.stderr[-3000:]
     lines = [line.split() for line in ran.stdout.splitlines() if line.strip()]
@@ -123,7 +123,8 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
         assert float(apart) < 0.005 and float(loss) < 1e-3 and success == 'True', name
     found = {line[0]: line[1:] for line in lines}
     assert int(found['compilations'][0]) <= 1, 'ten more seeds and strengths do not compile ten more programs'
-    assert all(int(line[1]) <= 1 for line in lines if line[0] == 'again'), ran.stdout
+    # When Python lets go of a tensor may add a program, rarely; one for each of the six calls would be six.
+    assert all(int(line[1]) <= 3 for line in lines if line[0] == 'again'), ran.stdout
     measures = ('relative_error', 'topk_overlap', 'energy_relative_error', 'centred_error', 'linear_cka')
     assert all(found[name][0] == '5' and float(found[name][1]) < 1e-4 for name in measures), ran.stdout
     assert found['evaluation'] == ['True'] and found['resumed'] == ['True']

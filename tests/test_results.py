@@ -1319,3 +1319,20 @@ def test_a_dataset_that_is_made_when_it_is_asked_for(tmp_path):
     bad = Result(lambda: profile().assign(mean=('layer', [object()] * profile().sizes['layer'])))
     with pytest.raises((TypeError, ValueError)):
         _ = bad.dataset
+
+
+def test_a_class_loads_its_own_files_after_a_cell_defined_it_again(tmp_path):
+    def define():
+        class Again(Result):
+            kind = 'defined again'
+
+            def table(self):
+                return self.dataset.to_dataframe()
+
+        return Again
+
+    first, second = define(), define()
+    first(xr.Dataset({'value': ('sample', [1.0, 2.0])})).save(tmp_path / 'first.safetensors')
+    assert type(first.load(tmp_path / 'first.safetensors')) is first
+    assert type(second.load(tmp_path / 'first.safetensors')) is second
+    assert type(Result.load(tmp_path / 'first.safetensors')) is second
