@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .devices import sample_normal, sync, xla_safe
 from .guard import Logits, Normalized, _version, first_tensor, match_dtype, untouched, unwrap
-from .lsa import LayerSustainability
+from .lsa import LayerSustainability, _finite_mean
 from .plots import _fold, _grid, _name_ticks, _tall_enough, color_of, curves, figure, stack, style
 from .probes import Probe, select
 from .results import Result
@@ -72,13 +72,6 @@ def decompose(
     coords = {'stage': ['input', *result.layers], 'perturbation': result.perturbations, 'sample': data['sample'].values}
     return Amplification(xr.Dataset({k: (dims, v) for k, v in stages.items()}, coords), {'source': dict(result.settings)})
 
-# %% ../nbs/33_amplification.ipynb #a52ffc5e
-def _means(values: np.ndarray) -> np.ndarray:
-    "Means of the defined values of each row; nan where there is none."
-    known = np.isfinite(values)
-    count, total = known.sum(-1), np.where(known, values, 0).sum(-1, dtype=np.float64)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
-
 # %% ../nbs/33_amplification.ipynb #022d8b07
 def _over(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     "`top / bottom`, nan where that is undefined; 0/0 is 0."
@@ -95,8 +88,8 @@ def _log(values: np.ndarray) -> np.ndarray:
 def _split(result: Amplification, perturbation: str, resamples: int = 2000):
     "The rows of `table` for one perturbation."
     import pandas as pd
-    values = result.dataset['value'].sel(perturbation=perturbation).values
-    mean = _means(values)
+    values = result.dataset['value'].sel(perturbation=perturbation).values.astype(np.float64)
+    mean = _finite_mean(values)
     gain = _over(mean[1:], mean[:-1])
     drawn = _resampled_means(values.T.astype(np.float64), resamples, seed=0)
     gains = _over(drawn[:, 1:], drawn[:, :-1])
@@ -134,7 +127,7 @@ def _waterfalls(result: Amplification):
     rows, cols = _grid(len(names))
     fig, axes = figure(rows, cols, height=0.9 + 2.5 * rows, squeeze=False, sharey=True)
     for ax, name in zip(axes.flat, names, strict=False):
-        mean = _means(result.dataset['value'].sel(perturbation=name).values)
+        mean = _finite_mean(result.dataset['value'].sel(perturbation=name).values)
         _waterfall(ax, mean, stages, color_of(name, names))
         ax.set_title(_fold(name, 72 // cols), fontsize=10.5, pad=6)
         ax.margins(y=0.12)
@@ -189,7 +182,7 @@ def _constants(result: Amplification, perturbation: str, quantile: float):
     return pd.DataFrame({
         'perturbation': perturbation, 'layer': result.layers, 'lipschitz': largest,
         'quantile': [np.quantile(r, quantile) if r.size else np.nan for r in known],
-        'mean': _means(ratio), 'block': steepest, 'condition': _means(condition)})
+        'mean': _finite_mean(ratio), 'block': steepest, 'condition': _finite_mean(condition)})
 
 # %% ../nbs/33_amplification.ipynb #a771b27d
 @dataclass
