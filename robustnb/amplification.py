@@ -80,6 +80,7 @@ def _over(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     quotient = np.divide(top, bottom, out=np.full(top.shape, np.nan), where=known & (bottom > 0))
     return np.where(known & (top == 0) & (bottom == 0), 0.0, quotient)
 
+# %% ../nbs/33_amplification.ipynb #0e7054b1
 def _log(values: np.ndarray) -> np.ndarray:
     "Natural logarithm; nan where there is none."
     return np.log(values, out=np.full(np.shape(values), np.nan), where=values > 0)
@@ -209,6 +210,7 @@ def _scales(norm: nn.Module) -> Tensor:
     weight = torch.ones_like(var) if norm.weight is None else norm.weight.detach().cpu().double()
     return weight / (var + norm.eps).sqrt()
 
+# %% ../nbs/33_amplification.ipynb #17e572f8
 def _known(layer: nn.Module) -> bool:
     "Whether we know how to find the norm of this layer: it is affine, and has one input."
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
