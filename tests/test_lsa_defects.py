@@ -292,10 +292,10 @@ def tensors() -> list[torch.Tensor]:
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    "Not so the sparse and the fake ones that other tests leave behind."
+    "Not so the sparse, fake and uninitialised ones that other tests leave behind, each of which says so in its own way."
     try:
         return tensor.untyped_storage().data_ptr() is not None
-    except RuntimeError:
+    except Exception:
         return False
 
 
@@ -326,7 +326,7 @@ def test_d11_nothing_is_kept_of_later_passes(net):
     for _ in range(10):
         net(images()[0])
     gc.collect()
-    assert living_bytes() == before
+    assert living_bytes() <= before
 
 
 def test_d11_memory_does_not_grow(net):
@@ -337,7 +337,7 @@ def test_d11_memory_does_not_grow(net):
     for _ in range(50):
         compare(net, *images(1))
     gc.collect()
-    assert (len(tensors()), living_bytes()) == before
+    assert len(tensors()) <= before[0] and living_bytes() <= before[1]
 
 
 def calls_of(function) -> int:
