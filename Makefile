@@ -19,7 +19,7 @@ COLAB_PYTHON ?= $(shell for python in python3.13 "$$(pyenv root 2>/dev/null)"/ve
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 ARGS ?=
-BENCHES ?= attacks lsa
+BENCHES ?= attacks lsa coverage
 NB ?=
 
 SHELL := /bin/sh
@@ -81,15 +81,16 @@ docs: $(DOCS)  ## the site from the notebooks and their outputs, in _docs
 	@$(BIN)/python tools/docs.py
 
 .PHONY: parity
-parity: bench-env  ## attacks and layer analysis give the same numbers as in other libraries, in .venv-bench
-	@$(BENCH_VENV)/bin/python -m pytest tests/bench/test_parity.py tests/bench/test_parity_lsa.py --durations=5 $(ARGS)
+parity: bench-env  ## attacks, layer analysis and coverage give the same numbers as in other libraries, in .venv-bench
+	@$(BENCH_VENV)/bin/python -m pytest tests/bench/test_parity.py tests/bench/test_parity_lsa.py tests/bench/test_parity_coverage.py \
+		--durations=5 $(ARGS)
 
 .PHONY: experiments
 experiments: $(DEV)  ## train and judge again what nbs/experiments shows: an hour on two cores; ROBUSTNB_DATA names the folder of MNIST
-	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb nbs/experiments/layerwise_training.ipynb
+	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb nbs/experiments/layerwise_training.ipynb nbs/experiments/coverage_of_suites.ipynb
 
 .PHONY: bench
-bench: bench-env  ## how long attacks and layer analysis take, here and in other libraries; BENCHES=lsa ARGS='--rounds 3' picks
+bench: bench-env  ## how long attacks, layer analysis and coverage take, here and in other libraries; BENCHES=lsa ARGS='--rounds 3' picks
 	@for name in $(BENCHES); do $(BENCH_VENV)/bin/python tests/bench/$$name.py $(ARGS) || exit; done
 
 # An environment of its own: torchattacks holds requests at a version of 2021, which nothing else here should have to live with.

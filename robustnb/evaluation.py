@@ -299,9 +299,9 @@ class _Run:
                 'strengths': _plain_setting(self.jobs[job].strengths), 'bounds': _plain_setting(self.bounds)}
 
 # %% ../nbs/21_evaluation.ipynb #1269c9d1
-def _finite(data, batch_size: int) -> Iterator[Batch]:
+def _finite(data, batch_size: int, **how) -> Iterator[Batch]:
     "The batches of data, or an error that says which samples of the data set hold NaN or infinity."
-    for batch in batches(data, batch_size):
+    for batch in batches(data, batch_size, **how):
         good = usable(batch.x, bounds=None)
         if not good.all():
             ids = batch.ids[~good].tolist()

@@ -11,12 +11,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from robustnb.attacks import FGSM
+from robustnb.coverage import KMNC, NC, TKNC, TKNP, Coverage, assess
 from robustnb.devices import seeded
 from robustnb.evaluation import accuracy, evaluate
 from robustnb.guard import Normalized, _say_once
 from robustnb.lsa import layer_sustainability
 from robustnb.measures import MEASURES
 from robustnb.noises import Gaussian, matched
+from robustnb.suites import growth, prioritize, suite_difference
+from robustnb.surprise import DSC, MDSC, surprise_adequacy
+from robustnb.uncovered import explore
 from robustnb.vulnerable import most_vulnerable
 
 PERTURBATIONS = [Gaussian(0.1), matched(Gaussian(), FGSM(0.05)), FGSM(0.05)]
@@ -35,7 +39,37 @@ def measure_layers(model, data, **kw):
     return result.table()['mean'].to_numpy()
 
 
-DOORS = {'accuracy': measure_accuracy, 'evaluate': measure_robustness, 'layer_sustainability': measure_layers}
+def measure_coverage(model, data, **kw):
+    criteria = ['NC', 'KMNC', 'NBC', 'SNAC', 'TKNC', 'TKNP', 'CC', 'NLC', 'MDSC']
+    return assess(model, images(48), data, criteria, show_progress=False, **kw).table()['value'].to_numpy()
+
+
+def measure_surprise(model, data, **kw):
+    scores = surprise_adequacy(model, images(48), data, show_progress=False, **kw).dataset['score'].to_numpy()
+    return scores.ravel()
+
+
+def measure_growth(model, data, **kw):
+    result = growth(model, images(48), data, ['NC', 'KMNC', 'NLC'], orders=2, show_progress=False, **kw)
+    return result.table()['mean'].to_numpy()
+
+
+def measure_priorities(model, data, **kw):
+    result = prioritize(model, images(48), data, ['CTM', 'DSC', 'gini'], NC(), show_progress=False, **kw)
+    return result.dataset['score'].to_numpy().ravel()
+
+
+DOORS = {
+    'accuracy': measure_accuracy,
+    'evaluate': measure_robustness,
+    'layer_sustainability': measure_layers,
+    'assess': measure_coverage,
+    'surprise_adequacy': measure_surprise,
+    'growth': measure_growth,
+    'prioritize': measure_priorities,
+}
+WITHOUT_LABELS = 'assess', 'surprise_adequacy', 'growth', 'prioritize'
+WITHOUT_ATTACK = 'accuracy', *WITHOUT_LABELS
 every_door = pytest.mark.parametrize('door', DOORS)
 
 
@@ -65,17 +99,17 @@ def spoilt(value: float) -> tuple[torch.Tensor, torch.Tensor]:
 REFUSED = {
     'a NaN pixel': (spoilt(float('nan')), ValueError, 'NaN or infinity in (sample 3|1 of the samples 0 to 23: 3)', ()),
     'an infinite pixel': (spoilt(float('inf')), ValueError, 'NaN or infinity in (sample 3|1 of the samples 0 to 23: 3)', ()),
-    'pixels outside [0, 1]': (((images()[0] - 0.5) / 0.25, images()[1]), ValueError, 'Normalized', ('accuracy',)),
-    'pixels from 0 to 255': ((images()[0] * 255, images()[1]), ValueError, r'outside the bounds.*x / 255', ('accuracy',)),
+    'pixels outside [0, 1]': (((images()[0] - 0.5) / 0.25, images()[1]), ValueError, 'Normalized', WITHOUT_ATTACK),
+    'pixels from 0 to 255': ((images()[0] * 255, images()[1]), ValueError, r'outside the bounds.*x / 255', WITHOUT_ATTACK),
     'uint8 images': (((images()[0] * 255).byte(), images()[1]), TypeError, r'scale them to \[0, 1\]', ()),
     'no samples': (images(0), ValueError, 'empty', ()),
-    'fractional labels': ((images()[0], images()[1].float()), TypeError, 'integer class indices', ()),
-    'one-hot labels': ((images()[0], torch.eye(3)[images()[1]]), TypeError, 'one-hot', ()),
+    'fractional labels': ((images()[0], images()[1].float()), TypeError, 'integer class indices', WITHOUT_LABELS),
+    'one-hot labels': ((images()[0], torch.eye(3)[images()[1]]), TypeError, 'one-hot', WITHOUT_LABELS),
     'one-hot integers': (
-        (images()[0], torch.eye(3).long()[images()[1]]), ValueError, 'one class index', ()
+        (images()[0], torch.eye(3).long()[images()[1]]), ValueError, 'one class index', WITHOUT_LABELS
     ),
-    'labels from 1': ((images()[0], images()[1] + 1), ValueError, 'labels run from', ()),
-    'a negative label': ((images()[0], images()[1] - 1), ValueError, 'labels run from', ()),
+    'labels from 1': ((images()[0], images()[1] + 1), ValueError, 'labels run from', WITHOUT_LABELS),
+    'a negative label': ((images()[0], images()[1] - 1), ValueError, 'labels run from', WITHOUT_LABELS),
     'too few labels': ((images()[0], images()[1][:-1]), ValueError, '24 samples and 23 labels|24 samples, 23 labels', ()),
     'a single number': ((images()[0][0, 0, 0, 0], images()[1][0]), TypeError, 'a row for each sample', ()),
     'a single image': ((images()[0][0], images()[1][0]), TypeError, 'a row for each sample', ()),
@@ -92,7 +126,7 @@ def test_what_is_wrong_is_refused_with_a_reason(row, door):
     net = make_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     if door in passing:
-        DOORS[door](net, data)  # no attack, so no bounds to keep
+        DOORS[door](net, data)  # without an attack there are no bounds to keep, and coverage has no use for labels
     else:
         with pytest.raises(error, match=words):
             DOORS[door](net, data)
@@ -208,7 +242,7 @@ def test_one_by_one_is_the_same_as_all_at_once(door):
     np.testing.assert_allclose(together, alone, rtol=1e-4)
 
 
-@every_door
+@pytest.mark.parametrize('door', [door for door in DOORS if door not in ('surprise_adequacy', 'prioritize')])
 def test_silent_layers_and_batch_norm_with_one_sample(door):
     net = make_net()
     with torch.no_grad():
@@ -335,3 +369,85 @@ def test_a_measure_that_is_never_defined_says_so():
 def test_a_strength_is_a_number(make):
     with pytest.raises(TypeError, match='must be a number'):
         make()
+
+
+COVERAGE_DOORS = {
+    'assess': lambda model, data, criteria: assess(model, data, images(), criteria, show_progress=False),
+    'Coverage': lambda model, data, criteria: Coverage(model, criteria, show_progress=False).learn(data).update(images()),
+    'growth': lambda model, data, criteria: growth(model, data, images(), criteria, show_progress=False),
+    'suite_difference': lambda model, data, criteria: suite_difference(
+        model, data, {'a': images(), 'b': images(5)}, criteria, show_progress=False),
+    'prioritize': lambda model, data, criteria: prioritize(model, data, images(), 'CTM', criteria[0], show_progress=False),
+    'explore': lambda model, data, criteria: explore(model, data, images(), criteria, show_progress=False),
+}  # fmt: skip
+every_coverage_door = pytest.mark.parametrize('door', COVERAGE_DOORS)
+
+
+@every_coverage_door
+@pytest.mark.parametrize('row', ['a NaN pixel', 'uint8 images', 'no samples', 'a single image', 'dictionaries'])
+def test_training_data_are_looked_at_like_a_suite(row, door):
+    data, error, words, _ = REFUSED[row]
+    with pytest.raises(error, match=words):
+        COVERAGE_DOORS[door](make_net(), data, ['KMNC'])
+
+
+@every_coverage_door
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_model_that_says_nan_is_named(value, door):
+    net = make_net()
+    with torch.no_grad():
+        net[0].bias[2] = value
+    with pytest.raises(ValueError, match='NaN or infinity'):
+        COVERAGE_DOORS[door](net, images(), ['KMNC'])
+
+
+@every_coverage_door
+def test_what_is_no_criterion_is_named(door):
+    with pytest.raises(KeyError, match="no criterion 'KNC'; .*there are NC, KMNC"):
+        COVERAGE_DOORS[door](make_net(), images(), ['KNC'])
+
+
+@pytest.mark.parametrize('door', [assess, growth, explore], ids=lambda door: door.__name__)
+def test_layers_that_are_not_there(door):
+    with pytest.raises((ValueError, KeyError), match='conv9'):
+        door(make_net(), images(), images(), ['NC'], where='conv9', show_progress=False)
+
+
+def covered(net, criteria, data, train=None) -> dict[str, float]:
+    coverage = Coverage(net, criteria, show_progress=False).learn(images(48) if train is None else train)
+    return coverage.update(data).compute()
+
+
+def test_more_active_units_than_there_are():
+    assert covered(make_net(), [TKNC(1000), TKNP(1000)], images()) == {'TKNC': 1.0, 'TKNP': 1.0}
+
+
+def test_a_constant_unit_has_no_sections_but_is_counted():
+    net = make_net()
+    with torch.no_grad():
+        net[0].weight[2] = 0
+    coverage = Coverage(net, KMNC(10), show_progress=False).learn(images()).update(images())
+    hits = coverage.criteria['KMNC'].covered()['0']
+    assert not hits[2].any() and hits[[0, 1, 3, 4, 5]].any() and coverage.criteria['KMNC'].counts()[1] == 90
+
+
+def test_a_class_that_the_training_data_never_show(caplog):
+    x, y = images()
+    found = covered(make_net(), [DSC(by='label'), MDSC(by='label')], (x, torch.full_like(y, 2)), (x[y < 2], y[y < 2]))
+    assert found == {'DSC': 0.0, 'MDSC': 0.0} and 'class 2' in caplog.text
+
+
+def test_one_logit_is_two_classes():
+    net = make_net()
+    net[5] = nn.Linear(216, 1)
+    with torch.no_grad():
+        net[5].bias -= net(images()[0]).median()  # both classes are predicted
+    found = covered(net, ['NC', 'KMNC', 'TKNC', 'NLC', 'DSC', 'MDSC'], images())
+    assert all(np.isfinite(value) for value in found.values()) and found['DSC'] > 0
+
+
+def test_maps_are_not_logits():
+    net = make_net()[:3]
+    assert covered(net, ['NC', 'KMNC', 'NLC'], images())['NC'] > 0, 'what needs no class works'
+    with pytest.raises(ValueError, match="by='label', or by=None"):
+        covered(net, 'MDSC', images())

@@ -245,3 +245,20 @@ def test_explorer_of_attacks(drive, root):
     assert page.words().startswith('Point 0 of 1: read as 2')
     assert page.picture_size() == (600, 456)
     assert not page.errors()
+
+
+def test_explorer_of_uncovered_units(drive, root):
+    page = drive(root / 'nbs' / '43_uncovered.ipynb')
+    assert page.words().startswith('After 500 of 500 tests: 119 of 158 units in all layers')
+    assert page.readout('tests') == '500' and page.picture_size() == (600, 566)
+
+    page.press('tests', 'HOME')
+    assert page.readout('tests') == '1' and page.words().startswith('After 1 of 500 tests: ')
+    page.select('criterion', 'NBC')
+    page.press('tests', 'END')
+    assert 'ends of ranges in all layers' in page.words() and 'only test' in page.words()
+    page.press('sigma', 'ARROW_RIGHT')
+    assert float(page.readout('sigma')) == 0.25
+    page.select('layer', 'linear1')
+    assert 'of 200 ends of ranges in linear1' in page.words() and page.picture_size() == (600, 566)
+    assert not page.errors()

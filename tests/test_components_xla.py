@@ -18,6 +18,7 @@ from functools import partial
 from torch import nn
 from robustnb.attacks import APGD, FGSM, L2, PGD, WorstOf
 from robustnb.blackbox import Square
+from robustnb.coverage import Coverage
 from robustnb.devices import compile_count, pick_device, seeded
 from robustnb.evaluation import evaluate
 from robustnb.lsa import layer_sustainability
@@ -108,6 +109,18 @@ for noise in (Uniform(0.1), Poisson(0.1), Blur(0.8), SaltPepper(0.1), matched(Un
     apart = ((here - there).abs() > 1e-5).float().mean()
     seen = [compile_count() for seed in range(4) if noisy(seed, 0.05 + 0.01 * seed)]
     print('noise', float(apart), seen[-1] - seen[1])
+
+CODES = ['NC', 'KMNC', 'NBC', 'SNAC', 'TKNC', 'TKNP', 'NLC', 'MDSC']
+with seeded(0):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(432, 6), nn.ReLU(), nn.Linear(6, 5))
+def covered(model):
+    seen, coverage = [], Coverage(model, CODES, batch_size=16, show_progress=False).learn((x, y))
+    for i in range(5):
+        found = coverage.update(((x + 0.02 * i) % 1, y)).compute()
+        seen.append(compile_count())
+    return np.array(list(found.values())), seen
+(a, _), (b, seen) = covered(flat), covered(copy.deepcopy(flat).to(device))
+print('coverage', len(a), float(np.abs(a / b - 1).max()), seen[-1] - seen[2])
 """
 
 
@@ -127,6 +140,8 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
     assert all(int(line[1]) <= 3 for line in lines if line[0] == 'again'), ran.stdout
     measures = ('relative_error', 'topk_overlap', 'energy_relative_error', 'centred_error', 'linear_cka')
     assert all(found[name][0] == '5' and float(found[name][1]) < 1e-4 for name in measures), ran.stdout
+    criteria, apart, compilations = found['coverage']
+    assert int(criteria) == 8 and float(apart) < 1e-6 and int(compilations) == 0, found['coverage']
     assert found['evaluation'] == ['True'] and found['resumed'] == ['True']
     assert float(found['training'][0]) < 1e-3 and int(found['training'][1]) <= 1, 'a schedule does not compile more programs'
     noises = [line for line in lines if line[0] == 'noise']

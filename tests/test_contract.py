@@ -22,6 +22,7 @@ from robustnb import (
     amplification,
     attacks,
     blackbox,
+    coverage,
     distributed,
     evaluation,
     explorer,
@@ -34,7 +35,10 @@ from robustnb import (
     noises,
     paths,
     report,
+    suites,
+    surprise,
     training,
+    uncovered,
 )
 from robustnb.data import Batch
 
@@ -119,6 +123,9 @@ Y = torch.tensor([0, 1, 2, 0, 1, 2])
 DATA = (X, Y)
 
 
+EVERY = ['NC', 'KMNC', 'NBC', 'SNAC', 'TKNC', 'TKNP', 'CC', 'NLC', 'MDSC']
+
+
 def careless(model, x, y):
     "A perturbation by somebody who does everything wrong."
     model.train()
@@ -172,6 +179,13 @@ def cases(p) -> dict:
         'inside.look_inside': lambda m: inside.look_inside(m, DATA, {'PGD': noisy, 'p': p}, '7', **quiet),
         'amplification.spectral_norms': lambda m: amplification.spectral_norms(m, X, steps=20),
         'layerwise.constant_share': lambda m: layerwise.constant_share(m, DATA),
+        'coverage.Coverage.__init__': lambda m: covered(m, coverage.Coverage),
+        'coverage.assess': lambda m: coverage.assess(m, DATA, {'a': DATA, 'b': DATA}, EVERY, **quiet),
+        'surprise.surprise_adequacy': lambda m: surprise.surprise_adequacy(m, DATA, DATA, by='label', **quiet),
+        'suites.growth': lambda m: suites.growth(m, DATA, DATA, ['NC', 'CC', 'MDSC'], orders=2, **quiet),
+        'suites.prioritize': lambda m: suites.prioritize(m, DATA, DATA, ['CTM', 'CAM', 'MDSC', 'gini'], **quiet),
+        'suites.suite_difference': lambda m: suites.suite_difference(m, DATA, {'a': DATA, 'b': DATA}, ['NC', 'KMNC'], **quiet),
+        'uncovered.explore': lambda m: uncovered.explore(m, DATA, DATA, **quiet),
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
     }
 
@@ -226,6 +240,17 @@ def compared(model, comparison):
         pairs.update(x, x.flip(-1))
         assert_untouched(before, model)
     pairs.compute()
+
+
+def covered(model, coverage):
+    "A coverage that lives on holds no hook, also while somebody looks at its batches one by one."
+    found, before = coverage(model, EVERY, batch_size=4, show_progress=False), snapshot(model)
+    for step in (found.learn, found.update, found.gain):
+        step(DATA)
+        assert_untouched(before, model)
+    batches = found.walk(DATA)
+    next(batches)
+    batches.close()
 
 
 def public_callables_with_a_model() -> list[str]:
