@@ -294,7 +294,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 # %% ../nbs/40_coverage.ipynb #a494aa66
 class UnitCriterion(Criterion):
-    "A criterion with a fixed number of things to cover at every unit; a subclass says by `mask` or `items` which a sample covers."
+    "A criterion with a fixed number of things to cover at every unit; a subclass says by `mask` or `items` what a sample covers."
     per_unit = 1  # things to cover at each unit
 
     def items(self, activations: Activations) -> Tensor:  # (batch, n) int64
