@@ -848,7 +848,7 @@ class _Overflow:
 # %% ../nbs/40_coverage.ipynb #4c5e68d6
 def _span(x: Tensor) -> tuple[Tensor, Tensor] | None:
     "Smallest and largest value of a batch of inputs; None of whole numbers, such as words, and of nothing."
-    return (x.amin(), x.amax()) if x.is_floating_point() and x.numel() else None
+    return (x.min(), x.max()) if x.is_floating_point() and x.numel() else None  # amin() reduces nothing on XLA
 
 def _wider(ours: tuple | None, theirs: tuple | None) -> tuple | None:
     "The range of two parts of the data together."
