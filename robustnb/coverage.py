@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attacks import predictions
 from .data import can_shuffle, steps_of
 from .devices import _sample_bits, device_of, progress, sync
 from .distributed import add_up, gathered, rank, world_size
-from .evaluation import _finite
-from .guard import Logits, logits_of, match_dtype, untouched, unwrap
+from .evaluation import _finite, _predicted
+from .guard import Logits, match_dtype, untouched, unwrap
 from .measures import Accumulator, _centred, _most_active, _shares
 from .noises import _without_address
 from .plots import _fold, _grid, _short, color_of, figure, style
@@ -866,15 +865,6 @@ def _other_scale(train: tuple | None, suite: tuple | None) -> str:
         return ''
     return (f'the inputs lie in [{least:.3g}, {most:.3g}], and those of the training data in [{low:.3g}, {high:.3g}]: are they '
             'on another scale? Pixels from 0 to 255 want x / 255')
-
-# %% ../nbs/40_coverage.ipynb #42ad63eb
-def _predicted(output, rows: int) -> Tensor | None:
-    "Predicted classes, or None if the output does not look like logits."
-    try:
-        logits = logits_of(output)
-    except TypeError:
-        return None
-    return predictions(logits) if logits.dim() in (1, 2) and len(logits) == rows else None
 
 # %% ../nbs/40_coverage.ipynb #0d093bcd
 def _features_last(layer: nn.Module | None) -> bool:

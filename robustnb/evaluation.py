@@ -59,6 +59,14 @@ def _logits(model: nn.Module, x: Tensor, logits=None) -> Tensor:
     with untouched(model), torch.no_grad():
         return logits_of(model(match_dtype(x, model)), logits)
 
+def _predicted(output, rows: int) -> Tensor | None:
+    "Predicted classes, (rows,), or None if the output does not look like logits."
+    try:
+        logits = logits_of(output)
+    except TypeError:
+        return None
+    return predictions(logits) if logits.dim() in (1, 2) and len(logits) == rows else None
+
 # %% ../nbs/21_evaluation.ipynb #81e9544a
 def _look_for_normalised_twice(model: nn.Module, x: Tensor) -> None:
     "A note if a model with its normalisation inside gets inputs that are not in [0, 1]."

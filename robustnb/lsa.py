@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from .attacks import predictions
 from .data import batches, bounds_of, class_name, classes_of, steps_of
 from .devices import device_of, progress, sync
-from .guard import Logits, check_labels, logits_of, match_dtype, untouched
+from .evaluation import _predicted
+from .guard import Logits, check_labels, match_dtype, untouched
 from robustnb.measures import (
     EnergyRelativeError,
     Measure,
@@ -85,7 +85,7 @@ def _compare_batch(model: nn.Module, probe: Probe, against: _AgainstClean, versi
         'layers': list(probe),
         'lengths': torch.stack([one.to('cpu', torch.float64) for one in (at_input, *lengths)]).numpy(),
         'values': [_gathered(m, values) for m, values in zip(against.measures, zip(*found, strict=True), strict=True)],
-        'prediction': _predicted(output, len(stacked)).reshape(len(versions), -1),
+        'prediction': _known(_predicted(output, len(stacked)), len(stacked)).reshape(len(versions), -1),
     }
 
 # %% ../nbs/30_lsa.ipynb #4e8e8e1a
@@ -109,14 +109,9 @@ def _gathered(measure: Measure, found: Sequence):
     return list(found) if measure.stream else np.stack([values.float().cpu().numpy() for values in found])
 
 # %% ../nbs/30_lsa.ipynb #34b753bf
-def _predicted(output, rows: int) -> np.ndarray:
-    "Predicted classes, or -1 for every sample if the output does not look like logits."
-    try:
-        logits = logits_of(output)
-    except TypeError:
-        return np.full(rows, -1)
-    classifies = logits.dim() in (1, 2) and len(logits) == rows
-    return predictions(logits).cpu().numpy() if classifies else np.full(rows, -1)
+def _known(prediction: Tensor | None, rows: int) -> np.ndarray:
+    "Predicted classes as an array, -1 for every sample where there are none."
+    return np.full(rows, -1) if prediction is None else prediction.cpu().numpy()
 
 # %% ../nbs/30_lsa.ipynb #2d9d3238
 class _Collected:

@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,6 +32,16 @@ def data_root() -> Path:
     folder = Path(os.environ.get('ROBUSTNB_DATA') or ROOT.parent / 'shared' / 'data')
     if not folder.is_dir():
         pytest.skip(f'no real data: {folder} is not a folder (ROBUSTNB_DATA names another one)')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def in_two_processes(request, tmp_path_factory) -> Path:
+    "The folder where two processes under torchrun, which ran the test's own file as a script, have left what they found."
+    folder = tmp_path_factory.mktemp('processes')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', request.path, folder]
+    found = subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-4000:]
     return folder
 
 

@@ -5,8 +5,6 @@ batches. So what is counted has to agree to the last bit. This file is also the 
 """
 
 import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -113,12 +111,8 @@ def work(folder: Path) -> None:
 
 
 @pytest.fixture(scope='module')
-def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('processes')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__, str(folder)]
-    found = subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr[-4000:]
-    return [json.loads((folder / f'found{number}.json').read_text()) for number in (0, 1)]
+def both(in_two_processes):
+    return [json.loads((in_two_processes / f'found{number}.json').read_text()) for number in (0, 1)]
 
 
 @pytest.mark.parametrize('case', CASES)

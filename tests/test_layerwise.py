@@ -681,12 +681,8 @@ def work(folder: Path) -> None:
 
 
 @pytest.fixture(scope='module')
-def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('processes')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__, str(folder)]
-    found = subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0, found.stderr[-4000:]
-    return [load_state(folder / f'found{i}') for i in (0, 1)]
+def both(in_two_processes):
+    return [load_state(in_two_processes / f'found{i}') for i in (0, 1)]
 
 
 @pytest.mark.parametrize('case', CASES)
