@@ -2,6 +2,7 @@
 #
 #   make tour               one model through everything, in .venv under constraints.txt
 #   make test               the tests, in the same .venv
+#   make test WORKERS=4     in four processes instead of two
 #   make test-colab         the tests on what Google Colab has, in .venv-colab
 #
 # Each target installs what it needs, once: a second call installs nothing.
@@ -19,6 +20,8 @@ COLAB_PYTHON ?= $(shell for python in python3.13 "$$(pyenv root 2>/dev/null)"/ve
 CONSTRAINTS ?= constraints.txt
 TORCH_INDEX ?=
 ARGS ?=
+# Processes that share out the tests, each with one core and up to 2 GB. WORKERS=0: none but pytest's own, as a debugger needs it.
+WORKERS ?= 2
 BENCHES ?= attacks lsa coverage
 NB ?=
 
@@ -29,6 +32,8 @@ SHELL := /bin/sh
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# worksteal: each process begins with a stretch of files, and takes from the end of another's when it has none left.
+PYTEST := -m pytest -m 'not slow' -n $(WORKERS) --dist worksteal --durations=15
 DECLARED := settings.ini setup.py constraints.txt
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
@@ -59,14 +64,13 @@ tour: $(RUNTIME)  ## one model through everything; ARGS='--help' shows its optio
 
 .PHONY: test
 test: $(DEV)  ## the package equals its notebooks, every notebook runs, every test passes; ARGS='-k lsa' picks
-	@$(BIN)/python -m pytest -m 'not slow' --durations=15 $(ARGS)
+	@$(BIN)/python $(PYTEST) $(ARGS)
 
 # PYTHONSAFEPATH: what is tested is the installed wheel, so nothing may put the working tree on the import path.
 .PHONY: test-colab
 test-colab: colab-env  ## the same on the versions Google Colab has, from the wheel as a user installs it, in .venv-colab
 	@$(COLAB_VENV)/bin/python tools/colab.py install
-	@PYTHONSAFEPATH=1 $(COLAB_VENV)/bin/python -m pytest -m 'not slow' -o norecursedirs='.* bench' \
-		--durations=15 $(ARGS)
+	@PYTHONSAFEPATH=1 $(COLAB_VENV)/bin/python $(PYTEST) -o norecursedirs='.* bench' $(ARGS)
 
 .PHONY: lab
 lab: $(DEV)  ## JupyterLab on the notebooks
@@ -136,5 +140,5 @@ $(COLAB): constraints-colab.txt
 		echo 'robustnb: Colab has Python 3.13, and there is none here. Name one: make test-colab COLAB_PYTHON=/path/to/python3.13'; \
 		exit 1; }
 	@$(PYTHON) -m venv --clear $(VENV)
-	$(call install,what Colab has,-r constraints-colab.txt hypothesis)
+	$(call install,what Colab has,-r constraints-colab.txt pytest-xdist hypothesis)
 	@$(BIN)/python tools/colab.py record

@@ -12,8 +12,12 @@ import pytest
 
 # Before anything imports torch_xla, matplotlib or IPython. Its history file is one database that runs would share.
 os.environ['PJRT_DEVICE'] = 'CPU'
+# Hundreds of programs run once or twice each: to compile them well takes three times as long as all the rest.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that spin while they wait slow down everybody on a busy machine
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes: a core each, for them and for what they start
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='robustnb-ipython-')
 atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
 

@@ -44,11 +44,9 @@ def process(monkeypatch):
 
 
 @pytest.mark.parametrize('path', notebooks(), ids=lambda path: path.relative_to(NBS).as_posix())
-def test_notebook(path, process, capsys):
+def test_notebook(path, process):
     before = global_state()
-    passed, seconds = nbdev_test.test_nb(path, skip_flags=flags_to_skip(), basepath=ROOT)
+    passed, _ = nbdev_test.test_nb(path, skip_flags=flags_to_skip(), basepath=ROOT)
     after = global_state()
-    with capsys.disabled():
-        print(f'\n{path.relative_to(NBS).as_posix()}: {seconds:.1f} s ', end='')
     assert passed, 'a cell failed: its traceback is on standard error, below'
     assert after == before, 'the notebook changed something for everybody in this process'

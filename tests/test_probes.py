@@ -378,7 +378,7 @@ def test_a_reducer_runs_at_once_and_with_the_name():
     assert float(probe['1#0'] if '1#0' in probe else probe['1']) == pytest.approx(float(b.sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize('result', [None, 3, 'text', [], object()], ids=str)
+@pytest.mark.parametrize('result', [None, 3, 'text', [], object()])
 def test_a_reducer_may_return_anything(result):
     net = conv_net()
     with Probe(net, '0', reduce=lambda name, rep: result) as probe:
@@ -571,7 +571,6 @@ def test_functions_outside_of_the_model_are_not_seen():
         ('block.layer.relu', None),
         ('relu()#3', []),
     ],
-    ids=str,
 )
 def test_choosing_functions(where, expected):
     net = Fn(lambda self, x: F.relu(self.block(x)), block=Fn(lambda self, x: F.relu(self.layer(x)), layer=linear()))
@@ -1043,7 +1042,7 @@ def test_inside_untouched():
 # Errors, and no trace
 
 
-@pytest.mark.parametrize('model', [lambda x: x, None, 'resnet18', nn.Linear, torch.relu], ids=str)
+@pytest.mark.parametrize('model', [lambda x: x, None, 'resnet18', nn.Linear, torch.relu])
 def test_a_model_is_a_module(model):
     for use in (Probe, select):
         with pytest.raises(TypeError, match='must be a torch.nn.Module'):
@@ -1238,7 +1237,7 @@ def select_cases():
     yield (lambda name, module: 1 if name == 'norm' else 0), ['norm']
 
 
-@pytest.mark.parametrize('where, expected', list(select_cases()), ids=str)
+@pytest.mark.parametrize('where, expected', list(select_cases()))
 def test_select(where, expected):
     model = Deep()
     chosen = select(model, where)
@@ -1252,7 +1251,6 @@ def test_select(where, expected):
     ['', 'layer2', 'layer2.*', 'relu', 'Stem', 'activation', 'ReLU', [], (), set(), nn.LSTM, [nn.LSTM], str,
      re.compile('nothing'), lambda name, module: False, 'layer2.relu()', 'stem.relux()', 'layer1.0.1.7',
      ['stem', 'stemm'], ['activations', 'layer1.9']],
-    ids=str,
 )  # fmt: skip
 def test_a_choice_of_nothing_lists_what_there_is(where):
     model = Deep()
@@ -1262,7 +1260,7 @@ def test_a_choice_of_nothing_lists_what_there_is(where):
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize('where', [None, 3, 0.5, object(), b'stem', nn.ReLU(), ['stem', 3]], ids=str)
+@pytest.mark.parametrize('where', [None, 3, 0.5, object(), b'stem', nn.ReLU(), ['stem', 3]])
 def test_a_choice_of_the_wrong_kind(where):
     with pytest.raises(TypeError, match='expected a word, name, pattern, module type, function or a list'):
         select(Deep(), where)
