@@ -236,6 +236,9 @@ class Criterion(_Described):
         "A new accumulator of what has to be known of the training data; None if nothing has."
         return None
 
+    def prepare(self, coverage: 'Coverage', train) -> None:
+        "A look at the network and the training data before `learns`, for a criterion that has to choose its units first."
+
     def learned(self):
         "The accumulator of the training data, or an error if it has seen nothing."
         if self.train is None or not self.train.state:
@@ -517,7 +520,8 @@ class TKNC(UnitCriterion):
 
 # %% ../nbs/40_coverage.ipynb #63183caa
 class _Patterns(Criterion):
-    "Keeps pairs of 64 bits, each of them once."
+    "Keeps rows of 64-bit numbers, each of them once."
+    width = 2  # numbers in a row
 
     def reset(self) -> None:
         "Forget everything."
@@ -540,11 +544,11 @@ class _Patterns(Criterion):
     def load_state_dict(self, state: dict) -> None:
         "Go on from a stored state: tensors, arrays, or the lists of a JSON file."
         self.reset()
-        self.state = {name: _as_tensor(value).long().view(-1, 2).cpu() for name, value in _mapping(state).items()}
+        self.state = {name: _as_tensor(value).long().view(-1, self.width).cpu() for name, value in _mapping(state).items()}
 
     def gather(self) -> None:
         "Take in what the other processes have seen."
-        mine = self.state_dict().get('patterns', torch.zeros(0, 2, dtype=torch.int64))
+        mine = self.state_dict().get('patterns', torch.zeros(0, self.width, dtype=torch.int64))
         found = torch.cat(gathered(mine))
         self.load_state_dict({'patterns': found} if len(found) else {})
 
@@ -580,9 +584,10 @@ class TKNP(_Patterns):
 
 # %% ../nbs/40_coverage.ipynb #4b3e4425
 def _distinct(patterns: Tensor) -> Tensor:
-    "The different rows of pairs of integers, in order."
-    order = patterns[:, 1].argsort(stable=True)
-    rows = patterns[order[patterns[order, 0].argsort(stable=True)]]
+    "The different rows of integers, in order."
+    rows = patterns
+    for column in reversed(range(patterns.shape[1])):
+        rows = rows[rows[:, column].argsort(stable=True)]
     return torch.cat([rows[:1], rows[1:][(rows[1:] != rows[:-1]).any(1)]])
 
 # %% ../nbs/40_coverage.ipynb #3de7e562
@@ -782,7 +787,7 @@ def _add_up_moments(layers: Sequence[dict]) -> None:
 
 # %% ../nbs/40_coverage.ipynb #6c737f34
 CRITERIA: dict[str, type[Criterion] | str] = {c.code: c for c in (NC, KMNC, NBC, SNAC, TKNC, TKNP, CC, NLC)} | {
-    code: f'robustnb.surprise:{code}' for code in ('LSC', 'DSC', 'MDSC')}
+    code: f'robustnb.surprise:{code}' for code in ('LSC', 'DSC', 'MDSC')} | {'IDC': 'robustnb.idc:IDC'}
 
 # %% ../nbs/40_coverage.ipynb #07e65c25
 def as_criterion(
@@ -872,17 +877,22 @@ def _features_last(layer: nn.Module | None) -> bool:
     return isinstance(layer, nn.Linear) or type(layer) is nn.LayerNorm and len(layer.normalized_shape) == 1
 
 # %% ../nbs/40_coverage.ipynb #5aba5c91
+def _laid_out(layer: nn.Module | None, rep: Tensor) -> Tensor:
+    "A representation in the form of maps or of tokens, where the kind of its layer says what its form alone does not."
+    if isinstance(layer, (nn.modules.conv._ConvNd, nn.BatchNorm1d)) and rep.dim() == 3:
+        return rep.unsqueeze(3)  # a signal, (batch, channels, length), which looks like tokens
+    if _features_last(layer) and rep.dim() > 3:
+        return rep.flatten(1, -2)  # a map of features, (batch, height, width, features), which looks like channels
+    return rep
+
+# %% ../nbs/40_coverage.ipynb #ac90dd7e
 def _reducer(model: nn.Module, reduce: str | Callable) -> Callable:
     "A reducer for `Probe`, which knows from the kind of a layer where its units are."
     found, modules = _reduction(reduce), dict(unwrap(model).named_modules())
 
     def rows(name: str, rep: Tensor) -> Tensor:
-        layer = modules.get(name) if found in REDUCTIONS.values() else None
-        if isinstance(layer, (nn.modules.conv._ConvNd, nn.BatchNorm1d)) and rep.dim() == 3:
-            rep = rep.unsqueeze(3)  # a signal, (batch, channels, length), which looks like tokens
-        elif _features_last(layer) and rep.dim() > 3:
-            rep = rep.flatten(1, -2)  # a map of features, (batch, height, width, features), which looks like channels
-        return _rows(name, rep, found)
+        layer = modules.get(name.split('#')[0]) if found in REDUCTIONS.values() else None
+        return _rows(name, _laid_out(layer, rep), found)
 
     return rows
 
@@ -1028,6 +1038,8 @@ class Coverage(_Seen):
         if self.samples:
             raise ValueError('the criteria have seen test samples already, and would compare the next ones with other training '
                              'data; call reset() first')
+        for criterion in self.criteria.values():
+            criterion.prepare(self, train)
         if learners := _to_learn(self):
             _learn(self, learners, train, bar)
         return self

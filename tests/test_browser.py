@@ -262,3 +262,23 @@ def test_explorer_of_uncovered_units(drive, root):
     page.select('layer', 'linear1')
     assert 'of 200 ends of ranges in linear1' in page.words() and page.picture_size() == (600, 566)
     assert not page.errors()
+
+
+def test_explorer_of_combinations(drive, root):
+    page = drive(root / 'nbs' / '48_combinations.ipynb')
+    assert page.words().startswith('6 units of all layers: 11 of 64 combinations (17.2%)')
+    assert page.readout('m') == '6' and page.picture_size() == (600, 706)
+
+    page.press('m', 'ARROW_RIGHT')
+    assert page.readout('m') == '8' and page.words().startswith('8 units of all layers')
+    page.select('layer', 'linear1')
+    page.select('k', '2')
+    page.select('label', '8')
+    assert page.words().startswith('8 units of layer linear1, class 8: ') and 'makes no combination here' in page.words()
+    page.select('show', 'missing')
+    page.press('combination', 'ARROW_RIGHT')
+    assert page.readout('combination') == '1'
+    page.press('test', 'ARROW_RIGHT')
+    page.select('method', 'random')
+    assert 'Important by random (relative)' in page.words() and page.picture_size() == (600, 706)
+    assert not page.errors()

@@ -17,10 +17,12 @@ from dataclasses import replace
 from functools import partial
 from torch import nn
 from robustnb.attacks import APGD, FGSM, L2, PGD, WorstOf
+from robustnb.attribution import relevance
 from robustnb.blackbox import Square
 from robustnb.coverage import Coverage
 from robustnb.devices import compile_count, pick_device, seeded
 from robustnb.evaluation import evaluate
+from robustnb.idc import IDC, importance_coverage
 from robustnb.lsa import layer_sustainability
 from robustnb.minimal import CW, DeepFool, Smallest
 from robustnb.noises import Blur, Gaussian, Poisson, SaltPepper, Uniform, matched
@@ -121,6 +123,26 @@ def covered(model):
     return np.array(list(found.values())), seen
 (a, _), (b, seen) = covered(flat), covered(copy.deepcopy(flat).to(device))
 print('coverage', len(a), float(np.abs(a / b - 1).max()), seen[-1] - seen[2])
+
+for name, here, there in ('small', small, small_other), ('net', net, other):
+    a, b = (relevance(m, (x, y), ['lrp', 'lc'], by_class=True, batch_size=16, show_progress=False) for m in (here, there))
+    for method in 'lrp', 'lc':
+        for score in 'signed', 'absolute':
+            one, two = (found.dataset[score].sel({'method': found.dataset['method'] == method}).values for found in (a, b))
+            print('relevance', name, method, float(np.abs(one - two).max() / np.abs(one).max()))
+train = torch.cat([(x + 0.05 * i) % 1 for i in range(4)])
+def important(model, units):
+    coverage = Coverage(model, IDC(4, units, k=3), batch_size=16, show_progress=False).learn((train, y.repeat(4)))
+    idc, seen = coverage.update((x, y)).criteria['IDC'], []
+    for i in range(5):
+        coverage.update(((x + 0.03 * i) % 1, y))
+        seen.append(compile_count())
+    found = importance_coverage(model, (train, y.repeat(4)), (x, y), 4, k=3, units=units, batch_size=16, show_progress=False)
+    return [idc.fitted().units, idc.covered()['all layers'].tolist(), idc.counts(), found.table().to_csv(),
+            found.seen(model, x).tolist()], seen
+for units in 'lrp', {'0': [0, 2, 3], '4': [3]}:
+    (a, _), (b, seen) = (important(m, units) for m in (small, small_other))
+    print('idc', a == b, seen[-1] - seen[1])
 """
 
 
@@ -142,6 +164,10 @@ def test_components_on_xla_equal_the_cpu(tmp_path):
     assert all(found[name][0] == '5' and float(found[name][1]) < 1e-4 for name in measures), ran.stdout
     criteria, apart, compilations = found['coverage']
     assert int(criteria) == 8 and float(apart) < 1e-6 and int(compilations) == 0, found['coverage']
+    relevances = [line for line in lines if line[0] == 'relevance']
+    assert len(relevances) == 8 and all(float(line[3]) < 1e-4 for line in relevances), relevances
+    important = [line for line in lines if line[0] == 'idc']
+    assert len(important) == 2 and all(line[1] == 'True' and int(line[2]) <= 1 for line in important), important
     assert found['evaluation'] == ['True'] and found['resumed'] == ['True']
     assert float(found['training'][0]) < 1e-3 and int(found['training'][1]) <= 1, 'a schedule does not compile more programs'
     noises = [line for line in lines if line[0] == 'noise']

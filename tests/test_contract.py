@@ -21,24 +21,32 @@ from robustnb import (
     adapters,
     amplification,
     attacks,
+    attribution,
     blackbox,
+    combinations,
     coverage,
     distributed,
     evaluation,
     explorer,
+    fuzzing,
     guard,
+    idc,
     inside,
     layerwise,
+    lrp,
     lsa,
     masking,
     models,
     noises,
     paths,
+    probes,
     report,
+    studies,
     suites,
     surprise,
     training,
     uncovered,
+    voting,
 )
 from robustnb.data import Batch
 
@@ -139,6 +147,9 @@ def settings_for(cls):
     return cls(**{k: v for k, v in {'steps': 2, 'restarts': 2, 'queries': 6}.items() if k in cls.__dataclass_fields__})
 
 
+METHODS_BY_PLACE = [(type(one).__module__.rpartition('.')[2], one) for one in map(attribution.as_method, attribution.METHODS)]
+
+
 def cases(p) -> dict:
     "How each callable is called; `p` stands where it takes a perturbation."
     from robustnb import devices, probes
@@ -186,6 +197,26 @@ def cases(p) -> dict:
         'suites.prioritize': lambda m: suites.prioritize(m, DATA, DATA, ['CTM', 'CAM', 'MDSC', 'gini'], **quiet),
         'suites.suite_difference': lambda m: suites.suite_difference(m, DATA, {'a': DATA, 'b': DATA}, ['NC', 'KMNC'], **quiet),
         'uncovered.explore': lambda m: uncovered.explore(m, DATA, DATA, **quiet),
+        'attribution.relevance': lambda m: attribution.relevance(m, DATA, ['lrp', 'lc', 'ldl', 'la'], by_class=True, **quiet),
+        **{f'{place}.{type(method).__name__}.__call__': lambda m, method=method: method(m, X, Y)
+           for place, method in METHODS_BY_PLACE},
+        'attribution.Batch.__init__': lambda m: attribution.Batch(m, X, Y),
+        'attribution.unit_relevance': lambda m: attribution.unit_relevance(m, {'0': torch.zeros(6, 2, 3, 3)}),
+        'attribution.Own.__call__': lambda m: attribution.as_method(by_hand)(m, X, Y),
+        'lrp.balance': lambda m: lrp.balance(m, X, Y),
+        'voting.vote': lambda m: voting.vote(m, DATA, ['la', 'lrp'], m=2, **quiet),
+        'voting.loss_gain': lambda m: voting.loss_gain(m, X, Y, {'0': [1]}),
+        'voting.pruned': lambda m: silenced(m, voting.pruned),
+        'idc.importance_coverage': lambda m: idc.importance_coverage(m, DATA, {'a': DATA, 'b': DATA}, m=3, k=2, **quiet),
+        'idc.ImportanceCoverage.seen': lambda m: idc.importance_coverage(m, DATA, DATA, m=3, k=2, **quiet).seen(m, X),
+        'combinations.explore': lambda m: combinations.explore(m, DATA, DATA, 'lrp', [2], **quiet),
+        'studies.critical_units': lambda m: studies.critical_units(m, DATA, DATA, ['lrp', 'la'], [2], draws=1, **quiet),
+        'studies.diversity': lambda m: studies.diversity(m, DATA, DATA, ['NC', idc.IDC(2, k=2)], iterations=1, **quiet),
+        'studies.sensitivity': lambda m: studies.sensitivity(m, DATA, DATA, ['NC'], [2], [0.5], {'p': p}, runs=1, **quiet),
+        'studies.correlation': lambda m: studies.correlation(m, DATA, DATA, ['NC'], [2], 4, {'p': p}, **quiet),
+        'studies.overhead': lambda m: studies.overhead(m, DATA, DATA, ['NC'], **quiet),
+        'fuzzing.fuzz': lambda m: fuzzing.fuzz(m, DATA, X, budget=10, generation=5, **quiet),
+        'fuzzing.versus_luck': lambda m: fuzzing.versus_luck(m, DATA, X, 'NLC', ['gain', 'all'], 1, 0, 5, generation=5, **quiet),
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
     }
 
@@ -193,11 +224,12 @@ def cases(p) -> dict:
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
     'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__', 'distributed.mean_buffers',
-    'blackbox.Transfer.__call__',
+    'blackbox.Transfer.__call__', 'attribution.Batch.__init__', 'attribution.unit_relevance',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
-ABSTRACT = {'noises.Noise.__call__', 'noises.PixelNoise.__call__', 'attacks.Attack.__call__', 'attacks.Attack.run'}
+ABSTRACT = {'attribution.Method.__call__', 'noises.Noise.__call__', 'noises.PixelNoise.__call__', 'attacks.Attack.__call__',
+            'attacks.Attack.run'}
 CARELESS = ['noises.perturb', 'noises.Matched.__call__', 'guard.untouched', 'evaluation.evaluate', 'training.fit',
             'lsa.layer_sustainability', 'explorer.explore', 'inside.look_inside']
 # Their purpose is to change the model that they are given.
@@ -240,6 +272,25 @@ def compared(model, comparison):
         pairs.update(x, x.flip(-1))
         assert_untouched(before, model)
     pairs.compute()
+
+
+def silenced(model, pruned):
+    "A block in which units are silent, and in which nobody has run the model."
+    with guard.untouched(model), pruned(model, {'0': [0, 1]}):
+        model(X)
+
+
+def by_hand(model, x, target, layers):
+    "A method of one's own."
+    with torch.no_grad():
+        return {name: torch.zeros(len(x), *rep.shape[1:]) for name, rep in shapes(model, x, layers).items()}
+
+
+def shapes(model, x, layers):
+    "What the layers return."
+    with probes.Probe(model, layers) as probe:
+        model(x)
+        return dict(probe.items())
 
 
 def covered(model, coverage):

@@ -127,7 +127,7 @@ def test_two_processes_equal_one(case, both):
 
 
 def test_the_cases_have_something_to_tell():
-    assert {name.split()[0] for name in EVERY} | {'CC'} == set(CRITERIA), 'every criterion has a case here'
+    assert {name.split()[0] for name in EVERY} | {'CC', 'IDC'} == set(CRITERIA), 'every criterion has a case here'
     found = {case: assessed(case, 16) for case in CASES}
     for name in EVERY:
         assert found['uneven'][name] != found['one sample'][name] and found['uneven'][name][0] > 0, name

@@ -25,7 +25,8 @@ PACKAGE = ROOT / 'robustnb'
 ORDER = (
     'devices stats measures guard probes plots widgets results data models checkpoints distributed noises attacks '
     'evaluation training sweeps minimal blackbox adapters paths masking defences lsa vulnerable inside '
-    'amplification layerwise explorer coverage surprise suites uncovered attribution idc studies synaptic anpvs report cli'
+    'amplification layerwise explorer coverage surprise suites uncovered attribution lrp voting idc combinations fuzzing '
+    'synaptic anpvs studies report cli'
 ).split()
 ONLY_WHERE_USED = {'torchvision', 'captum', 'xarray', 'seaborn', 'sklearn'}  # imported by the functions that need them
 MAX_LINES, MEDIAN_LINES, MIN_WORDS = 40, 12, 400
