@@ -57,17 +57,27 @@ class Clusters:
         "The largest value of each cluster of a unit but the last: half way to the next centre."
         return [_midpoints(one) for one in self.centres]
 
+    @cached_property
+    def _table(self) -> Tensor:
+        "The borders of all units, made once."
+        return _filled_up(self.borders)
+
+    @cached_property
+    def _steps(self) -> list[Tensor]:
+        "What a step of each unit's cluster counts, for each word of a combination."
+        return [_place_values(self.sizes[start:end]) for start, end in self.words]
+
     def assign(self, values: Tensor) -> Tensor:  # (batch, units) int64
         "The nearest cluster of each value, (batch, units); half way the lower one, and -1 for NaN."
         values = torch.as_tensor(values).detach().cpu().double()
         if values.dim() != 2 or values.shape[1] != len(self.sizes):
             raise ValueError(f'expected the values of {len(self.sizes)} units, (batch, units), got {tuple(values.shape)}')
-        found = torch.searchsorted(_filled_up(self.borders), values.T.contiguous())
+        found = torch.searchsorted(self._table, values.T.contiguous())
         return torch.where(values.T.isnan(), -1, found).T
 
     def keys(self, codes: Tensor) -> Tensor:  # (batch, words) int64
         "Each combination as one number, or a few where one has no room for it."
-        parts = [(codes[:, start:end] * _place_values(self.sizes[start:end])).sum(1) for start, end in self.words]
+        parts = [(codes[:, start:end] * steps).sum(1) for (start, end), steps in zip(self.words, self._steps, strict=True)]
         return torch.stack(parts, dim=1)
 
     def codes(self, keys: Tensor) -> Tensor:  # (batch, units) int64
@@ -346,7 +356,8 @@ class Fitted:
 # %% ../nbs/47_idc.ipynb #fb993f7e
 def _looked_at(fitted: Fitted, rows: Tensor, classes: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     "For each group that looks at some of the samples: its number, the places of these samples, and the values of its units."
-    place, present = {unit: number for number, unit in enumerate(fitted.units)}, set(classes.unique().tolist())
+    place = {unit: number for number, unit in enumerate(fitted.units)}
+    present = set() if all(group.label is None for group in fitted.groups) else set(classes.unique().tolist())
     for number, group in enumerate(fitted.groups):
         if group.label is None or group.label in present:
             who = _members(group, classes)

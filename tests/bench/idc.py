@@ -36,7 +36,7 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
 from robustnb.attribution import Batch, _lent, as_method, relevance, unit_relevance
-from robustnb.coverage import Coverage
+from robustnb.coverage import Coverage, _distinct
 from robustnb.data import mnist
 from robustnb.idc import IDC, Clustering
 from robustnb.models import build
@@ -173,7 +173,7 @@ def assignment(model: nn.Module, train, suite) -> dict[str, Callable[[], int]]:
 
     def ours() -> int:
         parts = zip(rows.split(BATCH), classes.split(BATCH), strict=True)
-        return len(torch.cat([fitted.keys(part, one) for part, one in parts]).unique(dim=0))
+        return len(_distinct(torch.cat([fitted.keys(part, one)[0] for part, one in parts])))
 
     def theirs() -> int:
         found = set()
