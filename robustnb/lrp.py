@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from robustnb.attribution import (
-    Batch,
     Method,
     Pass,
+    Passes,
     _changed_all,
     _checked,
     _forward,
@@ -499,7 +499,7 @@ class LRP(Method):
         "The rule of a linear layer, or of a convolution."
         return self.dense if dense and self.dense else self.rule
 
-    def explain(self, batch: Batch) -> tuple[Pass, '_Rules']:
+    def explain(self, batch: Passes) -> tuple[Pass, '_Rules']:
         "One pass with the rules, and its books."
         def run() -> tuple[Pass, _Rules]:
             mode = _Rules(self, len(batch), _pairs(batch) if {self.rule, self.rule_of(True)} != {'epsilon'} else {})
@@ -508,13 +508,13 @@ class LRP(Method):
             return found, mode
         return batch.once(self, run)
 
-    def attribute(self, batch: Batch) -> dict[str, Tensor]:
+    def attribute(self, batch: Passes) -> dict[str, Tensor]:
         "Value times what comes back."
         found, _ = self.explain(batch)
         return batch.once((self, 'relevance'), lambda: {
             name: value * found.slopes[name].detach() for name, value in found.values.items()})
 
-    def gaps(self, batch: Batch) -> dict[str, Tensor]:
+    def gaps(self, batch: Passes) -> dict[str, Tensor]:
         "The logit minus the relevance of a layer, of what goes around it, and of the constants behind it."
         found, mode = self.explain(batch)
         rest = mode.ledger.by_layer(found.score)
@@ -534,7 +534,7 @@ def _name_strange(method: str, model: nn.Module, strange: dict[str, str]) -> Non
                         'gaps of the layers before it', method, function, layer)
 
 # %% ../nbs/45_lrp.ipynb #b809967d
-def _pairs(batch: Batch) -> dict[int, tuple]:
+def _pairs(batch: Passes) -> dict[int, tuple]:
     "Which layer with weights, by its number, is followed by which batch normalisation."
     with torch.no_grad(), (pairs := _Pairs()):
         batch.model(batch.x.clone())
@@ -803,12 +803,12 @@ class DeepLift(Method):
 
     baseline: float | Tensor = 0.0  # what the inputs are compared with: one number, or an image
 
-    def attribute(self, batch: Batch) -> dict[str, Tensor]:
+    def attribute(self, batch: Passes) -> dict[str, Tensor]:
         "The multiplier of each value, times how much the value has changed."
         found, past, _ = _explained(batch, self.baseline)
         return {name: (value - past[name]) * found.slopes[name].detach() for name, value in found.values.items()}
 
-    def gaps(self, batch: Batch) -> dict[str, Tensor]:
+    def gaps(self, batch: Passes) -> dict[str, Tensor]:
         "The change of the logit, minus the relevance of a layer and of what goes around it."
         found, past, books = _explained(batch, self.baseline)
         rest = books.ledger.by_layer(found.score)
@@ -817,11 +817,11 @@ class DeepLift(Method):
                 for name, value in found.values.items()}
 
 # %% ../nbs/45_lrp.ipynb #3a8cca0d
-def _explained(batch: Batch, baseline: float | Tensor) -> tuple[Pass, dict[str, Tensor], _Differences]:
+def _explained(batch: Passes, baseline: float | Tensor) -> tuple[Pass, dict[str, Tensor], _Differences]:
     "The multipliers, what the layers and the score were at the baseline, and the books."
     return batch.once(('difference', baseline), lambda: _compared(batch, baseline))
 
-def _compared(batch: Batch, baseline: float | Tensor) -> tuple[Pass, dict[str, Tensor], _Differences]:
+def _compared(batch: Passes, baseline: float | Tensor) -> tuple[Pass, dict[str, Tensor], _Differences]:
     "A pass at the baseline, and one at the inputs."
     there, books = _as_inputs(baseline, batch.x), _Differences(len(batch))
     with torch.enable_grad(), xla_safe(batch.model):
@@ -849,15 +849,15 @@ class DeepLiftShap(Method):
 
     baselines: float | Tensor = 0.0  # images, (baselines, ...); 0 is one black image, and then it is `DeepLift`
 
-    def attribute(self, batch: Batch) -> dict[str, Tensor]:
+    def attribute(self, batch: Passes) -> dict[str, Tensor]:
         "The mean over the baselines."
         return _mean_of([DeepLift(one).attribute(batch) for one in self.each(batch)])
 
-    def gaps(self, batch: Batch) -> dict[str, Tensor]:
+    def gaps(self, batch: Passes) -> dict[str, Tensor]:
         "The mean over the baselines."
         return _mean_of([DeepLift(one).gaps(batch) for one in self.each(batch)])
 
-    def each(self, batch: Batch) -> list:
+    def each(self, batch: Passes) -> list:
         "The baselines, one by one, and the same objects each time, so that no pass is made twice."
         return batch.once((self, 'each'), lambda: [*self.baselines] if isinstance(self.baselines, Tensor) else [self.baselines])
 

@@ -24,8 +24,8 @@ from . import __version__
 from .attacks import LOSSES
 from robustnb.attribution import (
     SCORES,
-    Batch,
     Method,
+    Passes,
     _explained_target,
     _left,
     _lent,
@@ -339,7 +339,7 @@ def _hold(election: _Election, x: Tensor, y: Tensor, ids: Tensor) -> dict:
     election.classes = election.classes or _look_for_side_effects(election.model, x, election.where)
     target = _explained_target(election.target, y, election.classes, x.device)
     y = check_labels(y, len(y), election.classes).to(x.device)
-    batch = Batch(election.model, x, target, election.where, ids, election.seed)
+    batch = Passes(election.model, x, target, election.where, ids, election.seed)
     parts = [torch.arange(len(x))] if election.form == 'published' else _halves(ids, election.seed)
     sums = _sums(election, batch, parts)
     gains = _gains(election, x, y, parts, sums)
@@ -353,7 +353,7 @@ def _hold(election: _Election, x: Tensor, y: Tensor, ids: Tensor) -> dict:
             'gain': [*gains.values()], 'weight': [*weights.values()], 'images': len(x)}
 
 # %% ../nbs/46_voting.ipynb #52137e5f
-def _sums(election: _Election, batch: Batch, parts: list[Tensor]) -> dict[str, np.ndarray]:  # method -> (parts + 1, 2, units)
+def _sums(election: _Election, batch: Passes, parts: list[Tensor]) -> dict[str, np.ndarray]:  # method -> (parts + 1, 2, units)
     "Signed and absolute relevance of every unit, added up over the images of each part, and over all."
     member = torch.zeros(len(parts), len(batch))
     for number, part in enumerate(parts):

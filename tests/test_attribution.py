@@ -23,7 +23,6 @@ from robustnb import attribution
 from robustnb.attribution import (
     METHODS,
     SCORES,
-    Batch,
     Conductance,
     FeatureAblation,
     GradCam,
@@ -31,6 +30,7 @@ from robustnb.attribution import (
     IntegratedGradients,
     InternalInfluence,
     Method,
+    Passes,
     Relevance,
     as_method,
     relevance,
@@ -247,7 +247,7 @@ def test_one_way_in_front_of_the_layer_is_enough_where_the_network_allows_it(nam
     net, x, y = made(name)
     shared = {'small': set(), 'residual': set(), 'tokens': set(), 'awkward': {'a', 'b'}, 'writes': {'a'}}[name]
     with attribution._lent(net):
-        quick, slow = Batch(net, x, y), Batch(net, x, y, rows=1)  # point by point there is nothing to share
+        quick, slow = Passes(net, x, y), Passes(net, x, y, rows=1)  # point by point there is nothing to share
         few = IntegratedGradients(steps=4)
         for layer, values in few.attribute(quick).items():
             close(values, few.attribute(slow)[layer], 1e-5)
@@ -259,14 +259,14 @@ def test_one_way_in_front_of_the_layer_is_enough_where_the_network_allows_it(nam
 def test_another_value_in_a_layer_that_runs_twice():
     net, x, y = made('residual')
     with attribution._lent(net), torch.no_grad():
-        batch = Batch(net, x, y)
+        batch = Passes(net, x, y)
         for call in ('twice#0', 'twice#1'):
             own = batch.plain.values[call]
             close(batch.instead(call, own.clone()), batch.plain.logits, 1e-6)
             close(batch.instead(call, torch.cat([own, own])), batch.plain.logits.repeat(2, 1), 1e-6)
         moved = batch.instead('twice#0', batch.plain.values['twice#0'] + 1)
         assert not torch.equal(moved, batch.instead('twice#1', batch.plain.values['twice#1'] + 1))
-        inputs = Batch(net, x, y, inputs=True)
+        inputs = Passes(net, x, y, inputs=True)
         close(inputs.instead('inputs', x / 2), net(x / 2), 1e-6)
 
 

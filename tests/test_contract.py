@@ -200,7 +200,7 @@ def cases(p) -> dict:
         'attribution.relevance': lambda m: attribution.relevance(m, DATA, ['lrp', 'lc', 'ldl', 'la'], by_class=True, **quiet),
         **{f'{place}.{type(method).__name__}.__call__': lambda m, method=method: method(m, X, Y)
            for place, method in METHODS_BY_PLACE},
-        'attribution.Batch.__init__': lambda m: attribution.Batch(m, X, Y),
+        'attribution.Passes.__init__': lambda m: attribution.Passes(m, X, Y),
         'attribution.unit_relevance': lambda m: attribution.unit_relevance(m, {'0': torch.zeros(6, 2, 3, 3)}),
         'attribution.Own.__call__': lambda m: attribution.as_method(by_hand)(m, X, Y),
         'lrp.balance': lambda m: lrp.balance(m, X, Y),
@@ -224,7 +224,7 @@ def cases(p) -> dict:
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
     'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__', 'distributed.mean_buffers',
-    'blackbox.Transfer.__call__', 'attribution.Batch.__init__', 'attribution.unit_relevance',
+    'blackbox.Transfer.__call__', 'attribution.Passes.__init__', 'attribution.unit_relevance',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }

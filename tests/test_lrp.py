@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from robustnb.attribution import Batch, _lent
+from robustnb.attribution import Passes, _lent
 from robustnb.devices import seeded
 from robustnb.lrp import LRP, DeepLift, DeepLiftShap, balance
 
@@ -35,7 +35,7 @@ def settled(net, *shape):
 def worst_gap(method, net, x, target=None, where='weights'):
     "The largest gap of any layer, as a share of the largest logit."
     with _lent(net):
-        batch = Batch(net, x, target, where, inputs=x.is_floating_point())
+        batch = Passes(net, x, target, where, inputs=x.is_floating_point())
         method.attribute(batch)
         gaps = method.gaps(batch)
         return max(float(gap.abs().max()) for gap in gaps.values()) / float(batch.plain.score.abs().max())
@@ -618,7 +618,7 @@ def test_several_baselines_run_once_for_relevance_and_gaps():
     net[0].register_forward_hook(lambda *_: runs.append(1))
     method = DeepLiftShap(torch.randn(4, 4))
     with _lent(net):
-        batch = Batch(net, x, torch.tensor([0, 1, 0]))
+        batch = Passes(net, x, torch.tensor([0, 1, 0]))
         method.attribute(batch)
         method.gaps(batch)
     assert len(runs) == 8  # each baseline, and the inputs against it

@@ -35,7 +35,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
 from torch import Tensor, nn
 
-from robustnb.attribution import Batch, _lent, as_method, relevance, unit_relevance
+from robustnb.attribution import Passes, _lent, as_method, relevance, unit_relevance
 from robustnb.coverage import Coverage, _distinct
 from robustnb.data import mnist
 from robustnb.idc import IDC, Clustering
@@ -141,12 +141,12 @@ def parted(model: nn.Sequential) -> nn.Sequential:
 
 
 def voting(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Callable[[], dict[str, dict[str, Tensor]]]]:
-    "Relevance of one batch by the eight methods of the vote: a shared `Batch`, or Captum method by method and layer by layer."
+    "Relevance of one batch by the eight methods of the vote: a shared `Passes`, or Captum method by method and layer by layer."
     methods = {code: as_method(code) for code in PEERS}
 
     def ours() -> dict[str, dict[str, Tensor]]:
         with _lent(model):
-            batch = Batch(model, x, y)
+            batch = Passes(model, x, y)
             return {code: method.attribute(batch) for code, method in methods.items()}
 
     whole, split = copy.deepcopy(model), parted(model)
