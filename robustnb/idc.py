@@ -46,26 +46,13 @@ class Clusters:
             raise ValueError('each unit needs one centre at least, all of them finite numbers')
         self.sizes = [len(one) for one in self.centres]
         self.words = _words(self.sizes)
+        self.borders = [_midpoints(one) for one in self.centres]  # the largest value of each cluster but the last
+        self._table, self._steps = _filled_up(self.borders), [_place_values(self.sizes[start:end]) for start, end in self.words]
 
     @property
     def total(self) -> int:
         "How many combinations there are: a whole number of any size."
         return math.prod(self.sizes)
-
-    @cached_property
-    def borders(self) -> list[np.ndarray]:
-        "The largest value of each cluster of a unit but the last: half way to the next centre."
-        return [_midpoints(one) for one in self.centres]
-
-    @cached_property
-    def _table(self) -> Tensor:
-        "The borders of all units, made once."
-        return _filled_up(self.borders)
-
-    @cached_property
-    def _steps(self) -> list[Tensor]:
-        "What a step of each unit's cluster counts, for each word of a combination."
-        return [_place_values(self.sizes[start:end]) for start, end in self.words]
 
     def assign(self, values: Tensor) -> Tensor:  # (batch, units) int64
         "The nearest cluster of each value, (batch, units); half way the lower one, and -1 for NaN."

@@ -691,7 +691,7 @@ def test_table_and_files(tmp_path):
     assert row['relative'] == found.scores(method='lc')['fc1'][3] and row['signed'] == found.scores('signed', 'lc')['fc1'][3]
     found.save(tmp_path / 'relevance.safetensors')
     for other in (Relevance.load(tmp_path / 'relevance.safetensors'), Result.load(tmp_path / 'relevance.safetensors')):
-        assert type(other) is Relevance and other.table().equals(table) and other.layers == found.layers
+        assert type(other).__name__ == 'Relevance' and other.table().equals(table) and other.layers == found.layers
         assert other.settings == found.settings and other.top(3, label=2, method='ii') == found.top(3, label=2, method='ii')
     assert 'conv1' in found._repr_html_() and 'Conductance(steps=6' in str(found.settings['methods'])
 

@@ -251,7 +251,7 @@ def test_going_on_is_as_if_nothing_had_stopped(code, tmp_path):
     torch.testing.assert_close(longer.suite().x, whole.suite().x, rtol=0, atol=0)
     held = hunt(code, budget=60, resume=hunt(code, budget=40))
     assert held.mutants().equals(whole.mutants())
-    assert isinstance(Result.load(file), Campaign)
+    assert type(Result.load(file)).__name__ == 'Campaign'
     assert hunt(code, budget=20, resume=longer).mutants().equals(whole.mutants())  # nothing is left to do
     assert {key: longer.settings[key] for key in whole.settings} == whole.settings
 

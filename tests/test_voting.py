@@ -437,7 +437,7 @@ def test_save_and_load(tmp_path):
     found = elected(images(), how=lambda signed, absolute: absolute)
     found.save(tmp_path / 'v.safetensors')
     back = Result.load(tmp_path / 'v.safetensors')
-    assert isinstance(back, Votes) and back.dataset.equals(found.dataset) and back.settings == found.settings
+    assert type(back).__name__ == 'Votes' and back.dataset.equals(found.dataset) and back.settings == found.settings
     assert back.top(3) == found.top(3) and back.trust == found.trust
     assert back.plot() is not None and '<b>Votes</b>' in back._repr_html_()
 
