@@ -24,7 +24,7 @@ from robustnb.attribution import Relevance, relevance, top_units
 from robustnb.coverage import CRITERIA, Activations, Coverage, assess
 from robustnb.devices import seeded
 from robustnb.distributed import joined, rank
-from robustnb.idc import IDC, Clustering, Clusters, Group, ImportanceCoverage, UnitTraces, _places, importance_coverage
+from robustnb.idc import IDC, Clustering, Clusters, Group, UnitTraces, _places, importance_coverage
 from robustnb.results import Result, load_arrays, save_arrays
 
 GOLDEN = {case['id']: case for case in json.loads((Path(__file__).parent / 'golden' / 'coverage.json').read_text())['cases']}
