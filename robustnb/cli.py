@@ -13,10 +13,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,9 @@ EXAMPLES: dict[str, dict] = {  # study -> arguments that are small enough for a 
     'correlation': {'criteria': ['KMNC', 'NBC', {'criterion': 'IDC', 'm': 6, 'k': 2}], 'sizes': [50, 100], 'suites': 12,
                     'attack': {'attack': 'CW', 'steps': 20, 'searches': 2}},
     'overhead': {'criteria': ['KMNC', 'NBC', 'IDC'], 'batch_sizes': [64, 256]},
+    'fragility': {'attacks': ['FGSM', {'attack': 'PGD', 'steps': 10}], 'calibrate_to': 0.5, 'thresholds': 11,
+                  'filters': ['high', 'low', {'filter': 'random', 'like': 'low'}], 'inits': None, 'epochs': 10, 'every': 5,
+                  'training': {'batch_size': 32}},
 }
 
 def example(
@@ -176,6 +180,23 @@ def _filled(model: nn.Module, path: str | Path, entry: str | None) -> nn.Module:
     return model
 
 # %% ../nbs/71_cli.ipynb #ae0390a4
+def _untrained(about: Mapping, seed: int) -> nn.Module:
+    "A network of the architecture that a configuration speaks of, with its normalisation."
+    model = build(about['name'], seed, **(about.get('settings') or {}))
+    return model if about.get('mean') is None else Normalized(model, about['mean'], about.get('std', 1.0))
+
+# %% ../nbs/71_cli.ipynb #05bc4622
+def _from_birth(config: dict) -> Callable[[int], nn.Module] | None:
+    "How a study makes its own networks, if it is to."
+    if config['arguments'].get('inits') is None:
+        return None
+    about = config['model']
+    if given := [name for name in ('weights', 'entry', 'epochs') if about.get(name) is not None]:
+        raise ValueError(f'the model has {given[0]!r}, but with `inits` the study trains networks of its own; leave it out, and '
+                         'set `epochs` among the arguments')
+    return partial(_untrained, about)
+
+# %% ../nbs/71_cli.ipynb #aab29d92
 def _network(config: dict, train: DataSet, out: Path | None, show_progress: bool) -> nn.Module:
     "The network that a configuration speaks of, in evaluation mode."
     about, seed = config['model'], config['seed']
@@ -184,9 +205,7 @@ def _network(config: dict, train: DataSet, out: Path | None, show_progress: bool
         if settings or about.get('mean') is not None:
             raise ValueError('a network with settings or a normalisation of its own needs its `weights`, or `epochs` to train it')
         return trained(name, config['data']['name'], seed, root=config['data'].get('root'), show_progress=show_progress)
-    model = build(name, seed, **settings)
-    if about.get('mean') is not None:
-        model = Normalized(model, about['mean'], about.get('std', 1.0))
+    model = _untrained(about, seed)
     if about.get('weights') is not None:
         return _filled(model, about['weights'], about.get('entry')).eval()
     log.info('training %s on %d images for %d epochs ...', name, len(train), epochs)
@@ -196,7 +215,7 @@ def _network(config: dict, train: DataSet, out: Path | None, show_progress: bool
         raise KeyboardInterrupt
     return found.model.eval()
 
-# %% ../nbs/71_cli.ipynb #aab29d92
+# %% ../nbs/71_cli.ipynb #bdb556cb
 def run_study(
     study: str,  # a name of `STUDIES`
     config: Mapping,  # what the study is done with, see `example`
@@ -211,21 +230,28 @@ def run_study(
     everything = load_data(about['name'], about.get('root'))
     train, test = (part if full or about.get(name) is None else part.take(about[name], seed)
                    for name, part in zip(('train', 'test'), everything, strict=True))
-    model = _network(config, everything.train, out, show_progress).to(pick_device())
+    model = _from_birth(config) or _network(config, everything.train, out, show_progress).to(pick_device())
     arguments, parameters = dict(config['arguments']), inspect.signature(STUDIES[study]).parameters
     arguments |= {'seed': seed} if 'seed' in parameters else {}
     if 'records' in parameters and out is not None:
         arguments.setdefault('records', str(out / f'{study}-records.jsonl'))
+    if 'folder' in parameters and out is not None:
+        arguments.setdefault('folder', str(out / 'snapshots'))
     log.info('%s: %s on %s, %d images to learn from, %d to test', study, config['model']['name'], about['name'],
              len(train), len(test))
     result = STUDIES[study](model, train, test, **arguments, show_progress=show_progress)
     seconds = {'seconds': round(time.perf_counter() - start[0], 1), 'cpu seconds': round(time.process_time() - start[1], 1)}
-    log.info('%s: done after %.1f seconds', study, seconds['seconds'])
+    log.info('%s: %s after %.1f seconds', study, 'stopped' if _is_part(result) else 'done', seconds['seconds'])
     if out is not None:
         _keep(study, result, {'study': study, 'config': config, 'full': full} | seconds, out)
     return result
 
-# %% ../nbs/71_cli.ipynb #bdb556cb
+# %% ../nbs/71_cli.ipynb #0c4ccb20
+def _is_part(result: Result) -> bool:
+    "Whether a study says that it was interrupted, and that its result is a part."
+    return any(about.get('interrupted', False) for about in (result.settings, result.settings.get('sweep', {})))
+
+# %% ../nbs/71_cli.ipynb #51bdba5b
 def _plain_rows(table) -> list[dict]:
     "The rows of a table for JSON, which has no nan."
     def plain(value):
@@ -235,7 +261,8 @@ def _plain_rows(table) -> list[dict]:
 
 def _keep(study: str, result: Result, about: dict, out: Path) -> None:
     "Write a result: the numbers in JSON, the whole of it, and its figure."
-    tables = {name: _plain_rows(getattr(result, name)()) for name in ('table', 'attacks', 'published') if hasattr(result, name)}
+    names = 'table', 'attacks', 'published', 'totals', 'agreement'
+    tables = {name: _plain_rows(getattr(result, name)()) for name in names if hasattr(result, name)}
     content = about | {'versions': provenance(), 'settings': result.settings} | tables
     _write(out / f'{study}.json', (json.dumps(content, indent=1, default=str) + '\n').encode())
     result.save(out / f'{study}.safetensors')

@@ -522,6 +522,7 @@ class TKNC(UnitCriterion):
 class _Patterns(Criterion):
     "Keeps rows of 64-bit numbers, each of them once."
     width = 2  # numbers in a row
+    one_each = False  # whether a sample makes one row at most, and the value only counts rows
 
     def reset(self) -> None:
         "Forget everything."
@@ -566,13 +567,22 @@ class TKNP(_Patterns):
         super().__init__()
         self.k, self.ordered, self.cumulative = _at_least_one(k), ordered, cumulative
 
+    @property
+    def one_each(self) -> bool:
+        "Whether the value counts the patterns of all samples."
+        return self.cumulative
+
+    def each(self, activations: Activations) -> tuple[Tensor, Tensor]:  # (batch, 2) int64 and (batch,) bool
+        "The pattern of each sample, and whether it has one: with NaN it has none."
+        activations = as_activations(activations)
+        return _patterns(activations, self.k, self.ordered), ~activations.values.isnan().any(1).cpu()
+
     def update(self, activations: Activations) -> None:
         "Add a batch."
-        activations = self.look(activations)
-        known = ~activations.values.isnan().any(1).cpu()  # a sample with NaN has no pattern
+        patterns, known = self.each(self.look(activations))
         if not self.cumulative:
             self.reset()
-        self.add({'patterns': _patterns(activations, self.k, self.ordered)[known]})
+        self.add({'patterns': patterns[known]})
 
     def counts(self) -> tuple[int | None, int | None]:
         "How many patterns; there is no upper end."

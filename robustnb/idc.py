@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attribution import relevance
+from .attribution import _left, relevance
 from .coverage import Activations, Coverage, _distinct, _Patterns, as_activations
 from .data import size_of, steps_of
 from .devices import progress
@@ -477,7 +477,30 @@ class _OfUnits(_Patterns):
                         f'{samples / total:.3g} of all'} if samples < total else {}
 
 # %% ../nbs/47_idc.ipynb #e2b2cb95
-class IDC(_OfUnits):
+class _Combinations(_OfUnits):
+    "Keeps the combinations that samples make, each once."
+
+    @property
+    def one_each(self) -> bool:
+        "Whether there is one group, of which every sample makes a combination."
+        return self.per == 'net' and self.by is None
+
+    def each(self, activations: Activations) -> tuple[Tensor, Tensor]:  # (batch, 1 + words) int64 and (batch,) bool
+        "The combination of each sample, where there is one group, and whether it makes one: with NaN it makes none."
+        keys, samples = _made(self, activations)
+        found = torch.zeros(len(as_activations(activations)), self.width, dtype=torch.int64).index_copy(0, samples, keys)
+        return found, torch.zeros(len(found), dtype=torch.bool).index_fill(0, samples, True)
+
+    def update(self, activations: Activations) -> None:
+        "Add a batch."
+        self.add({'patterns': _made(self, self.look(activations))[0]})
+
+    def compute(self) -> float:
+        "The share of the combinations, the mean over the groups; 0.0 before the first update."
+        return _mean_share(self.fitted(), self.state_dict()['patterns']) if self.state else 0.0
+
+# %% ../nbs/47_idc.ipynb #a8bc125f
+class IDC(_Combinations):
     "Importance-driven coverage: the share of the combinations of the important units' clusters (Gerasimou et al. 2020)."
     code = 'IDC'
 
@@ -510,15 +533,12 @@ class IDC(_OfUnits):
             return
         self._groups = _groups(_top(_relevance(self, coverage, train), self), self.per)
 
-    def update(self, activations: Activations) -> None:
-        "Add a batch."
-        rows, classes = (values.cpu() for values in self.learned().pick(self.look(activations)))
-        _tell_of_strangers(self.fitted(), classes)
-        self.add({'patterns': self.fitted().keys(rows, classes)[0]})
-
-    def compute(self) -> float:
-        "The share of the combinations, the mean over the groups; 0.0 before the first update."
-        return _mean_share(self.fitted(), self.state_dict()['patterns']) if self.state else 0.0
+# %% ../nbs/47_idc.ipynb #eb34e616
+def _made(criterion: IDC, activations: Activations) -> tuple[Tensor, Tensor]:
+    "The combinations of a batch, and which samples make them."
+    rows, classes = (values.cpu() for values in criterion.learned().pick(activations))
+    _tell_of_strangers(criterion.fitted(), classes)
+    return criterion.fitted().keys(rows, classes)
 
 # %% ../nbs/47_idc.ipynb #400b9f23
 def _mean_share(fitted: Fitted, patterns: Tensor) -> float:
@@ -559,11 +579,21 @@ def _relevance(criterion: IDC, coverage: Coverage, train):
                           'does not)') from error
 
 # %% ../nbs/47_idc.ipynb #8458cfb7
+def _no_more_than_all(criterion: IDC, layers: Mapping[str, int] | None) -> int:
+    "`m`, or the number of units that there are to choose from, which is said."
+    units = sum(layers[name] for name in _left([*layers], criterion.skip)) if layers else criterion.m
+    if units < criterion.m:
+        log.warning('IDC: m=%d, and there are %d units to choose from: all of them are taken', criterion.m, units)
+    return min(criterion.m, units)
+
+# %% ../nbs/47_idc.ipynb #d3721e67
 def _top(found, criterion: IDC) -> dict:
     "The most important units by what was found, {layer: [numbers]}, or {class: {layer: [numbers]}}."
     wanted = {name: getattr(criterion, name) for name in ('m', 'per', 'skip', 'how')}
     known = inspect.signature(found.top).parameters
     how = {name: value for name, value in wanted.items() if name in known}
+    if criterion.per == 'net':
+        how['m'] = _no_more_than_all(criterion, getattr(found, 'layers', None))
     if criterion.by is None:
         return found.top(**how)
     members = found.dataset['members'].values[0] if 'label' in known and 'members' in found.dataset else None

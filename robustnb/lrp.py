@@ -131,9 +131,8 @@ _WEIGHTED = ('linear', *(f'conv{kind}{n}d' for kind in ('', '_transpose') for n 
 _OPS = {F.linear} | {getattr(torch, name) for name in _WEIGHTED[1:]}
 
 # %% ../nbs/45_lrp.ipynb #b967bf4e
-class _Books(_OutOfPlace):
-    "Runs a network whose functions answer to rules, and knows when each tensor was made. A subclass defines `compute`, `late`."
-    straight = False  # whether weights, shifts and sums need no rule, because they are the same at the baseline
+class _Dated(_OutOfPlace):
+    "Runs a network, and knows when each tensor was made. A subclass defines `brought`."
 
     def __init__(self, batch: int):
         super().__init__()
@@ -153,6 +152,23 @@ class _Books(_OutOfPlace):
         rep = _in_graph(name, rep)
         rep._made = self.ledger.now
         return rep
+
+    def late(self, tensor: Tensor) -> Tensor:
+        "The tensor itself, or one that tells the books what has gone around the layers that ran since it was made."
+        made, now = getattr(tensor, '_made', self.ledger.now), self.ledger.now
+        if made == now or not tensor.requires_grad:
+            return tensor
+        alias = tensor.view_as(tensor)
+        alias._made, alias._gate = now, getattr(tensor, '_gate', False)
+        value = self.brought(tensor)
+        if value is not None:
+            alias.register_hook(lambda gradient: self.ledger.enter('around', made, now, value * gradient))
+        return alias
+
+# %% ../nbs/45_lrp.ipynb #bc565720
+class _Books(_Dated):
+    "Runs a network whose functions answer to rules. A subclass defines `compute`."
+    straight = False  # whether weights, shifts and sums need no rule, because they are the same at the baseline
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         func, args, kwargs = self.apart(func, args, kwargs or {})
@@ -204,16 +220,9 @@ class _Rules(_Books):
         self.without_rule(func)
         return func(*args, **kwargs)
 
-    def late(self, tensor: Tensor) -> Tensor:
-        "The tensor itself, or one that tells the books what has gone around the layers that ran since it was made."
-        made, now = getattr(tensor, '_made', self.ledger.now), self.ledger.now
-        if made == now or not tensor.requires_grad:
-            return tensor
-        alias = tensor.view_as(tensor)
-        alias._made, alias._gate = now, getattr(tensor, '_gate', False)
-        value = tensor.detach()
-        alias.register_hook(lambda gradient: self.ledger.enter('around', made, now, value * gradient))
-        return alias
+    def brought(self, tensor: Tensor) -> Tensor:
+        "Its value."
+        return tensor.detach()
 
 # %% ../nbs/45_lrp.ipynb #e0f47211
 class _Swap(torch.autograd.Function):
@@ -591,18 +600,10 @@ class _Differences(_Books):
                              'takes the same steps with any input')
         return past
 
-    def late(self, tensor: Tensor) -> Tensor:
-        "The tensor itself, or one that tells the books what has gone around the layers that ran since it was made."
-        made, now = getattr(tensor, '_made', self.ledger.now), self.ledger.now
-        if made == now or not tensor.requires_grad:
-            return tensor
-        alias = tensor.view_as(tensor)
-        alias._made = now
+    def brought(self, tensor: Tensor) -> Tensor | None:
+        "By how much it has changed since the baseline; nothing at the baseline itself."
         past = self.noted(None, tensor)
-        if past is not None:
-            change = tensor.detach() - past
-            alias.register_hook(lambda gradient: self.ledger.enter('around', made, now, change * gradient))
-        return alias
+        return None if past is None else tensor.detach() - past
 
 # %% ../nbs/45_lrp.ipynb #243ed1ba
 def _shapes(values) -> list:

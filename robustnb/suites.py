@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import data as torch_data
 
 from .attacks import _two_columns
-from .coverage import Activations, Coverage, Criterion, _patterns, as_criterion
+from .coverage import Activations, Coverage, Criterion, as_criterion
 from .data import batches, size_of, steps_of
 from .devices import _sample_bits, device_of, progress
 from .distributed import world_size
@@ -38,25 +38,25 @@ def _has_items(criterion: Criterion) -> bool:
     "Whether each sample covers something by itself, whatever the others do."
     if hasattr(criterion, 'items'):
         return getattr(criterion, 'convention', '') != 'minimum'  # its sections are those of a whole suite
-    return criterion.code == 'TKNP' and criterion.cumulative
+    return getattr(criterion, 'one_each', False)
 
 # %% ../nbs/42_suites.ipynb #280148a5
 class _Items:
     "Reads off a batch what each sample covers by itself."
 
     def __init__(self, criterion: Criterion):
-        self.criterion, self.numbers, self.total, self.layers = criterion, {}, None, {}
+        self.criterion, self.numbers, self.total, self.layers, self.listed = criterion, {}, None, {}, 0
 
     def __call__(self, activations: Activations) -> Tensor:  # (batch, n) int64, on the CPU
         if not self.layers:
             self.learn(activations)
         self.criterion.look(activations)
-        if self.total is not None:
+        if self.listed:
             return self.criterion.items(activations).cpu()
         if hasattr(self.criterion, 'items'):
             return self.number(self.criterion.items(activations).cpu())
-        patterns = _patterns(activations, self.criterion.k, self.criterion.ordered).tolist()
-        return self.number([[tuple(pattern)] for pattern in patterns])
+        patterns, known = (part.tolist() for part in self.criterion.each(activations))
+        return self.number([[tuple(pattern) if made else -1] for pattern, made in zip(patterns, known, strict=True)])
 
     def number(self, found) -> Tensor:
         "Small numbers for what nobody has listed beforehand, in the order in which it comes."
@@ -71,6 +71,7 @@ class _Items:
         self.total, each = trial.counts()[1], getattr(self.criterion, 'per_unit', None)
         sizes = {name: units * each for name, units in activations.sizes.items()} if each else {}
         self.layers = sizes if sum(sizes.values()) == self.total else {'all layers': self.total}
+        self.listed = self.total or 0 if hasattr(self.criterion, 'items') else 0  # so many have numbers from the start
 
     @property
     def unit(self) -> float:
@@ -826,7 +827,7 @@ class _Tally:
     def add(self, name: str, activations: Activations) -> None:
         "Add a batch of a suite."
         items = self.items(activations)
-        found = torch.bincount(items[items >= 0], minlength=self.items.total or 0)
+        found = torch.bincount(items[items >= 0], minlength=self.items.listed)
         self.counts[name] = _longer(self.counts[name], len(found), 0)
         self.counts[name][:len(found)] += found
 
@@ -845,8 +846,8 @@ def _parts(tally: _Tally) -> dict[str, list[float]]:
     "For each layer the items that only the first suite covers, both, only the second, neither; nan where unknown."
     (a, b), found, start = (counts > 0 for counts in tally.even()), {}, 0
     for layer, size in tally.items.layers.items():
-        one, two = (hit[start:start + len(a) if size is None else start + size] for hit in (a, b))
-        neither = np.nan if size is None else (~one & ~two).sum()
+        one, two = (hit[start:start + (size if tally.items.listed else len(a))] for hit in (a, b))
+        neither = np.nan if size is None else size - (one | two).sum()
         found[layer] = [(one & ~two).sum(), (one & two).sum(), (two & ~one).sum(), neither]
         start += size or 0
     return found

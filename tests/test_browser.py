@@ -282,3 +282,24 @@ def test_explorer_of_combinations(drive, root):
     page.select('method', 'random')
     assert 'Important by random (relative)' in page.words() and page.picture_size() == (600, 706)
     assert not page.errors()
+
+
+def test_explorer_of_links(drive, root):
+    page = drive(root / 'nbs' / '57_links.ipynb')
+    assert page.words().startswith('conv1: high at 0.02 removes 59 of 144 weights (41.0%), step 13 of 25. clean: 98.0% right')
+    assert page.readout('threshold') == '0.50' and page.picture_size() == (600, 578)
+
+    page.press('threshold', 'ARROW_RIGHT', times=2)
+    assert page.readout('threshold') == '0.58' and 'step 15 of 25' in page.words()
+    page.press('threshold', 'END')
+    assert page.readout('threshold') == '1.00' and 'removes 144 of 144 weights (100.0%)' in page.words()
+    page.press('threshold', 'ARROW_LEFT', times=5)
+    page.select('layer', 'linear2')
+    page.select('filter', 'random like high')
+    page.select('response', 'FGSM')
+    assert page.words().startswith('linear2: random like high at ') and 'FGSM: 56.0% right before' in page.words()
+    page.select('filter', 'channel')
+    assert 'linear2: channel 7 removes 101 of 1,010 weights (10.0%), step 8 of 10' in page.words()
+    page.tick('change')
+    assert page.picture_size() == (600, 578)
+    assert not page.errors()

@@ -12,6 +12,7 @@ import pkgutil
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -25,14 +26,17 @@ from robustnb import (
     blackbox,
     combinations,
     coverage,
+    cuts,
     distributed,
     evaluation,
     explorer,
+    filters,
     fuzzing,
     guard,
     idc,
     inside,
     layerwise,
+    links,
     lrp,
     lsa,
     masking,
@@ -41,9 +45,11 @@ from robustnb import (
     paths,
     probes,
     report,
+    selective,
     studies,
     suites,
     surprise,
+    synaptic,
     training,
     uncovered,
     voting,
@@ -215,8 +221,20 @@ def cases(p) -> dict:
         'studies.sensitivity': lambda m: studies.sensitivity(m, DATA, DATA, ['NC'], [2], [0.5], {'p': p}, runs=1, **quiet),
         'studies.correlation': lambda m: studies.correlation(m, DATA, DATA, ['NC'], [2], 4, {'p': p}, **quiet),
         'studies.overhead': lambda m: studies.overhead(m, DATA, DATA, ['NC'], **quiet),
+        'studies.fragility': lambda m: studies.fragility(m, DATA, DATA, attacks.FGSM(0.05), ['high'], 3, **quiet),
         'fuzzing.fuzz': lambda m: fuzzing.fuzz(m, DATA, X, budget=10, generation=5, **quiet),
         'fuzzing.versus_luck': lambda m: fuzzing.versus_luck(m, DATA, X, 'NLC', ['gain', 'all'], 1, 0, 5, generation=5, **quiet),
+        'cuts.Cuts.__init__': cut_everywhere,
+        'filters.pools': lambda m: filters.pools(m),
+        'filters.scoped_pools': lambda m: filters.scoped_pools(m, scope='together'),
+        'filters.filtered': lambda m: under_a_filter(m, filters.filtered),
+        'synaptic.sweep': lambda m: [synaptic.sweep(m, DATA, {'p': p}, thresholds=3, against=against, norms=norms, **quiet)
+                                     for against in ('original', 'filtered') for norms in ('eval', 'batch')],
+        'synaptic.plan': lambda m: synaptic.plan(m, DATA, {'p': p}, thresholds=3),
+        'selective.layer_masks': lambda m: selective.layer_masks(m, {'0': 'fragile', '5': 'robust', '9': 'robust'}),
+        'selective.band_masks': lambda m: selective.band_masks(m, bands_of(m)),
+        'selective.retrain': lambda m: selective.retrain(m, {'0.weight': True}, DATA, DATA, seeds=[0], **quiet),
+        'links.explore': lambda m: links.explore(m, DATA, {'p': p}, thresholds=3, **quiet),
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
     }
 
@@ -224,7 +242,8 @@ def cases(p) -> dict:
 RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
     'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__', 'distributed.mean_buffers',
-    'blackbox.Transfer.__call__', 'attribution.Passes.__init__', 'attribution.unit_relevance',
+    'blackbox.Transfer.__call__', 'attribution.Passes.__init__', 'attribution.unit_relevance', 'filters.pools',
+    'filters.scoped_pools', 'selective.layer_masks', 'selective.band_masks',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
@@ -247,6 +266,10 @@ BY_DESIGN = {
     'layerwise.LayerRegularizer.__call__': 'a term of the loss, on the model in training',
     **{
         f'layerwise.Refreshed.{method}': 'part of a step of training, on the model in training'
+        for method in ('setup', 'loss', 'after_step')
+    },
+    **{
+        f'selective.Only.{method}': 'part of a step of training, on the model in training'
         for method in ('setup', 'loss', 'after_step')
     },
 }
@@ -278,6 +301,29 @@ def silenced(model, pruned):
     "A block in which units are silent, and in which nobody has run the model."
     with guard.untouched(model), pruned(model, {'0': [0, 1]}):
         model(X)
+
+
+def cut_everywhere(model):
+    "A network that runs in parts, again and again."
+    with guard.untouched(model):
+        found = cuts.Cuts(model, ['0', '5', '9'], X)
+        for layer in found.layers:
+            found.at(layer, X)()
+
+
+def under_a_filter(model, filtered):
+    "A block in which weights are zero, and in which nobody has run the model."
+    with guard.untouched(model), filtered(model, 'high', 0.0):
+        model(X)
+
+
+def bands_of(model):
+    "A label for each band of each layer."
+    rows = [{'layer': name, 'filter': 'pulse', 'response': 'clean', 'position': position, 'threshold': threshold,
+             'removed': removed, 'label': 'robust'} for name, pool in filters.pools(model).items()
+            for steps in [filters.Pulse().steps(pool)]
+            for position, threshold, removed in zip(steps.position, steps.threshold, steps.removed, strict=True)]
+    return pd.DataFrame(rows)
 
 
 def by_hand(model, x, target, layers):

@@ -25,7 +25,9 @@ from robustnb.devices import (
     compile_count,
     device_of,
     env,
+    fallback_ops,
     is_xla,
+    matmul_precision,
     pick_device,
     progress,
     sample_normal,
@@ -554,7 +556,7 @@ def test_env_where_packages_are_absent(monkeypatch, no_accelerator):
 def test_selfcheck_on_cpu(no_accelerator, device):
     before = torch.get_rng_state()
     table = selfcheck(device)
-    assert list(table) == ['check', 'passed', 'seen', 'seconds'] and len(table) == 4
+    assert list(table) == ['check', 'passed', 'seen', 'seconds'] and len(table) == 7
     assert table.passed.all(), table.to_string()
     assert (table.seen == 0).all(), 'the CPU differs from itself'
     assert torch.equal(torch.get_rng_state(), before)
@@ -574,7 +576,8 @@ def test_selfcheck_reports_what_fails(monkeypatch, no_accelerator):
     monkeypatch.setattr(devices, '_difference', lambda a, b: float('nan'))
     table = selfcheck('cpu').set_index('check')
     assert table.seen['gradient through frozen batch norm'] == 'RuntimeError: out of order'
-    assert table.passed.to_dict() == {name: name == 'compilations after warm-up' for name in table.index}
+    counts = {name for name in table.index if 'compilations' in name or 'handed back' in name}
+    assert len(counts) == 3 and table.passed.to_dict() == {name: name in counts for name in table.index}
 
 
 def test_the_package_is_quiet(caplog, capsys):
@@ -585,6 +588,78 @@ def test_the_package_is_quiet(caplog, capsys):
 
 def test_compile_count_is_a_count():
     assert isinstance(compile_count(), int) and compile_count() >= 0
+
+
+def test_no_operation_falls_back_without_xla(no_xla):
+    assert fallback_ops() == [] and compile_count() == 0
+
+
+def test_a_read_is_no_fallback(monkeypatch):
+    "XLA counts what Python reads, `float(x)`, among the operations that it did not do itself."
+    seen = ['aten::nonzero', 'aten::_local_scalar_dense', 'aten::bincount']
+    metrics = types.SimpleNamespace(executed_fallback_ops=lambda: seen, metric_data=lambda name: None)
+    monkeypatch.setitem(sys.modules, 'torch_xla', types.ModuleType('torch_xla'))
+    monkeypatch.setitem(sys.modules, 'torch_xla.debug', types.SimpleNamespace(metrics=metrics))
+    assert fallback_ops() == ['aten::bincount', 'aten::nonzero'] and compile_count() == 0
+
+
+@pytest.fixture
+def no_xla(monkeypatch):
+    monkeypatch.delitem(sys.modules, 'torch_xla', raising=False)
+
+
+@pytest.mark.parametrize('level', [None, 'default', 'high', 'highest'])
+def test_precision_is_left_alone_without_xla(no_accelerator, level):
+    before = torch.get_float32_matmul_precision()
+    assert matmul_precision(level) == before == torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize('level', ['', 'medium', 'Highest', 3, True])
+@pytest.mark.parametrize('device', ['cpu', 'xla'])
+def test_a_level_has_three_names(level, device):
+    with pytest.raises(ValueError, match="'default', 'high' or 'highest'"):
+        matmul_precision(level, device)
+
+
+@pytest.fixture
+def pretended_xla(monkeypatch):
+    "What `matmul_precision` says to an XLA that is not there: the levels that were set."
+    said = []
+    backends = types.SimpleNamespace(
+        set_mat_mul_precision=said.append, get_mat_mul_precision=lambda: said[-1] if said else 'default'
+    )
+    package = types.ModuleType('torch_xla')
+    package.backends = backends
+    monkeypatch.setitem(sys.modules, 'torch_xla', package)
+    monkeypatch.setattr(devices, '_xla_device', lambda: torch.device('xla:0'))
+    monkeypatch.setattr(devices, 'compile_count', lambda: len(said) * 3)
+    return said
+
+
+def test_precision_is_set_once_and_before_the_first_program(pretended_xla, caplog):
+    assert matmul_precision(device='xla') == 'default' == matmul_precision('default', 'tpu') and not pretended_xla
+    assert matmul_precision('highest', 'xla') == 'highest' == matmul_precision('highest', 'xla') == matmul_precision(None, 'xla')
+    assert pretended_xla == ['highest'] and not caplog.records
+    assert matmul_precision('high', 'xla') == 'high' and '3 programs are compiled already' in caplog.text
+
+
+def test_env_describes_the_device_that_is_named(monkeypatch, no_accelerator):
+    assert env('cpu') == env() and env('cpu').endswith(f'cpu ({torch.get_num_threads()} threads)')
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: f'card {device.index}')
+    assert env('cuda:1').endswith('cuda (card 1)')
+
+
+@pytest.mark.parametrize('device', ['cpu', torch.device('cpu')])
+def test_a_step_of_a_sweep_removes_what_it_says(device):
+    images = sample_uniform((1, 8, 8), torch.arange(4))
+    stacked, programs = devices._check_sweep(torch.device(device), images)
+    net = devices._check_net(torch.device('cpu'))
+    whole = net[0].weight.detach().clone()
+    for row, stop in zip(stacked, range(1, 33), strict=True):
+        with torch.no_grad():
+            net[0].weight.copy_(whole).view(-1)[stop // 2:stop] = 0
+            torch.testing.assert_close(row, net(images))
+    assert programs == 0 and stacked.shape == (32, 4, 10)
 
 
 def test_a_model_comes_first():

@@ -568,7 +568,7 @@ def test_numbers_of_any_whole_type():
 
 
 @pytest.mark.parametrize('how,words', [
-    ({'m': 99}, 'have 20 units'), ({'m': 0}, 'at least 1'), ({'units': {'9': [0]}}, "no layer '9' here"),
+    ({'m': 0}, 'at least 1'), ({'units': {'9': [0]}}, "no layer '9' here"),
     ({'units': {'5': [12]}}, '5 has 12 units'), ({'skip': 3}, 'no layer is left'), ({'units': 'xyz'}, 'no method')])
 def test_units_that_are_not_there(how, words):
     with pytest.raises((ValueError, KeyError), match=words):
@@ -721,3 +721,12 @@ if __name__ == '__main__':
     with joined('cpu', timeout=60):
         found = {name: found_by(name) for name in SHARED}
         (Path(sys.argv[1]) / f'found{rank()}.json').write_text(json.dumps(found))
+
+
+def test_a_small_net_gives_all_of_its_units(caplog):
+    net, x = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.rand(40, 2)
+    data = x, torch.zeros(40, dtype=torch.long)
+    table = assess(net, data, data, ['NC', 'IDC'], show_progress=False).table().set_index('criterion')
+    assert 'm=10, and there are 4 units' in caplog.text and 0 < table.loc['IDC', 'value'] <= 1
+    learned = Coverage(net, IDC(99, k=2), **QUIET).learn(data).criteria['IDC']
+    assert 'm=99, and there are 4 units' in caplog.text and [len(group.units) for group in learned.fitted().groups] == [4]

@@ -1,4 +1,4 @@
-"""The five studies against literal re-implementations, golden cases, and what a user can do wrong; and `robustnb run`."""
+"""The studies against literal re-implementations, golden cases, and what a user can do wrong; and `robustnb run`."""
 
 import json
 import logging
@@ -29,6 +29,7 @@ from robustnb.studies import (
     correlation,
     critical_units,
     diversity,
+    fragility,
     important_pixels,
     ncov,
     noisy_pixels,
@@ -464,6 +465,7 @@ CALLS = {
     'sensitivity': {'criteria': FEW, 'sizes': (20,), 'rates': (0.1, 0.2), 'attacks': FGSM(0.3), 'runs': 2},
     'correlation': {'criteria': FEW, 'sizes': (20,), 'suites': 5, 'attack': None},
     'overhead': {'criteria': ['KMNC'], 'batch_sizes': (64,)},
+    'fragility': {'attacks': FGSM(0.05), 'filters': ['high', 'pulse'], 'thresholds': 4},
 }
 
 
@@ -528,11 +530,60 @@ def test_any_form_of_data(model, halves):
         ('correlation', {'sizes': (5000,)}, 'from 1 to the 120'),
         ('overhead', {'rounds': 0}, 'rounds is a whole number'),
         ('overhead', {'criteria': ['XYZ']}, 'no criterion'),
+        ('fragility', {'filters': ['hihg']}, 'no filter'),
+        ('fragility', {'filters': {'filter': 'pulse', 'wide': 1}}, 'pulse has no setting'),
+        ('fragility', {'attacks': 'PDG'}, 'no attack'),
+        ('fragility', {'thresholds': 0}, 'thresholds'),
+        ('fragility', {'baseline': 'round'}, 'baseline'),
+        ('fragility', {'inits': 2}, 'each init begins anew'),
+        ('fragility', {'attacks': None, 'calibrate_to': 0.5}, 'there are none; leave it out'),
     ],
 )
 def test_bad_settings(name, wrong, words, model, halves):
     with pytest.raises((ValueError, KeyError, TypeError), match=words):
         STUDIES[name](model, *halves, **CALLS[name] | wrong, **SILENT)
+
+
+def test_fragility_is_the_sweep_and_its_scores(model, halves):
+    from robustnb.filters import Random
+    from robustnb.fragility import scores
+    from robustnb.synaptic import sweep
+
+    train, test = halves
+    found = fragility(
+        model, None, test, [{'attack': 'FGSM', 'eps': 0.05}], ['low', {'filter': 'random', 'like': 'low', 'seed': 3}], 5, seed=4,
+        samples=60, baseline='density', **SILENT,
+    )  # fmt: skip
+    alone = sweep(model, test, FGSM(0.05, seed=4), ['low', Random('low', 3)], 5, samples=60, seed=4, **SILENT)
+    assert found.table().equals(scores(alone, 'density', seed=4).table())
+    clean = fragility(model, train, test, None, 'high', 3, **SILENT)
+    assert clean.kinds == ['clean'] and clean.filters == ['high']
+    eased = fragility(model, train, test, 'FGSM', 'high', 3, calibrate_to=0.5, **SILENT)
+    assert 'eps=0.3' not in str(eased.settings['sweep']['perturbations'])
+
+
+def test_settings_of_scores_are_checked_before_the_sweep(model, halves, monkeypatch):
+    monkeypatch.setattr(studies, 'filtered', None)
+    for wrong in ({'baseline': 'round'}, {'tolerance': -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            fragility(model, *halves, calibrate_to=0.5, **wrong, **SILENT)
+
+
+def test_fragility_from_birth(halves, tmp_path):
+    from robustnb.histories import history, snapshots
+
+    def make(init):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    how, train, test = {'inits': 2, 'epochs': 2, 'every': 1, 'training': {'batch_size': 16}}, *halves
+    found = fragility(make, *halves, FGSM(0.02), 'high', 3, **how, folder=tmp_path / 'kept', **SILENT)
+    assert found.dataset.sizes['init'] == 2 and found.epochs == [0, 1, 2]
+    born = snapshots(make, train, 2, 2, 1, tmp_path / 'kept', test, batch_size=16, **SILENT)
+    scoring = {'baseline': 'flat', 'tolerance': None, 'seed': 0}
+    again = history(born, test, FGSM(0.02), ['high'], None, scoring, thresholds=3, **SILENT)
+    assert again.table().equals(found.table()) and len(list((tmp_path / 'kept').rglob('epoch*'))) == 6
+    found = fragility(make, *halves, None, 'high', 3, **how | {'epochs': 1}, **SILENT)
+    assert found.epochs == [0, 1], 'without a folder, nothing is left behind'
 
 
 def test_bad_data(model, halves):
@@ -688,3 +739,58 @@ def test_full_takes_everything():
     config = example('overhead') | {'arguments': {'criteria': [{'criterion': 'KMNC', 'k': 10}], 'batch_sizes': [512]}}
     found = run_study('overhead', config, full=True, **SILENT)
     assert found.settings['test images'] > 300 and KMNC(10).code in found.settings['criteria']
+
+
+def test_fragility_from_the_shell_and_from_python(tmp_path):
+    config = example('fragility')
+    config['data'] |= {'train': 100, 'test': 60}
+    config['arguments'] |= {'thresholds': 4, 'filters': ['high'], 'attacks': 'FGSM'}
+    (tmp_path / 'f.json').write_text(json.dumps(config))
+    words = ['run', 'fragility', '--config', str(tmp_path / 'f.json'), '--out', str(tmp_path / 'out'), '--quiet']
+    assert main(words) == 0 and main(words) == 0, 'the second time it reads its records'
+    kept = Result.load(tmp_path / 'out' / 'fragility.safetensors')
+    assert kept.table().equals(run_study('fragility', config, **SILENT).table())
+    found = json.loads((tmp_path / 'out' / 'fragility.json').read_text())
+    assert len(found['table']) == 4 * 3 and len(found['totals']) == 3
+    assert (tmp_path / 'out' / 'fragility-records.jsonl').exists()
+
+
+def test_an_interrupted_study_does_not_say_that_it_is_done(tmp_path, monkeypatch, caplog):
+    from robustnb import synaptic
+
+    calls, asked = [], synaptic._Study.__call__
+
+    def stops(self, *args, **how):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return asked(self, *args, **how)
+
+    config = example('fragility')
+    config['data'] |= {'train': 100, 'test': 60}
+    config['arguments'] |= {'thresholds': 4, 'filters': ['high'], 'attacks': None, 'calibrate_to': None}
+    with monkeypatch.context() as patch, caplog.at_level('INFO'):
+        patch.setattr(synaptic._Study, '__call__', stops)
+        part = run_study('fragility', config, tmp_path, **SILENT)
+    assert 'fragility: stopped after' in caplog.text and 'done' not in caplog.text
+    assert part.table()['value'].isna().any()
+    assert run_study('fragility', config, tmp_path, **SILENT).table()['value'].notna().all(), 'it goes on'
+
+
+def test_fragility_from_birth_by_its_configuration(tmp_path):
+    config = example('fragility') | {
+        'model': {'name': 'digits_cnn', 'settings': {'size': 8}, 'mean': [0.3], 'std': [0.4]}
+    }
+    config['data'] |= {'train': 100, 'test': 60}
+    config['arguments'] |= {
+        'thresholds': 3, 'filters': 'high', 'attacks': None, 'calibrate_to': None, 'inits': [3, 5], 'epochs': 1, 'every': 1
+    }  # fmt: skip
+    found = run_study('fragility', config, tmp_path, **SILENT)
+    assert (found.inits, found.epochs) == ([3, 5], [0, 1])
+    assert sorted(file.name for file in (tmp_path / 'snapshots').iterdir()) == ['init-3', 'init-5']
+    assert len(json.loads((tmp_path / 'fragility.json').read_text())['agreement']) == 2 + 1
+    config['arguments']['epochs'] = 2
+    assert run_study('fragility', config, tmp_path, **SILENT).epochs == [0, 1, 2]
+    config['model'] = {'name': 'digits_cnn', 'epochs': 3}
+    with pytest.raises(ValueError, match="the model has 'epochs', but with `inits`"):
+        run_study('fragility', config, **SILENT)

@@ -15,6 +15,7 @@ from robustnb.coverage import CC, KMNC, NBC, NC, NLC, Activations, Coverage, Cri
 from robustnb.data import DataSet
 from robustnb.devices import seeded
 from robustnb.guard import Logits
+from robustnb.idc import IDC
 from robustnb.results import Result
 from robustnb.suites import (
     UNCERTAINTIES,
@@ -640,3 +641,20 @@ def test_activations_of_suites_may_not_change_their_layers():
     items(Activations({'a': torch.zeros(2, 3)}))
     with pytest.raises(ValueError, match='follows the layers'):
         items(Activations({'a': torch.zeros(2, 4)}))
+
+
+def test_importance_driven_coverage_divides_what_two_suites_make():
+    with seeded(0):
+        net, x = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval(), torch.rand(90, 3)
+    train, a, b = ((part, torch.zeros(30, dtype=torch.long)) for part in x.split(30))
+    criterion = IDC(k=2, units={'0': [0, 2, 3, 5]})
+    found = suite_difference(net, train, {'a': a, 'b': b}, [criterion, 'TKNC'], show_progress=False).table()
+    one, both, two, neither = found.set_index('criterion').loc['IDC', ['only a', 'both', 'only b', 'neither']]
+    made = {}
+    for name, suite in (('a', a), ('b', b)):
+        done = Coverage(net, criterion, show_progress=False).learn(train).update(suite).criteria['IDC']
+        made[name] = {tuple(row) for row in done.covered()['0' if '0' in done.covered() else 'all layers'].tolist()}
+    assert [one, both, two] == [len(made['a'] - made['b']), len(made['a'] & made['b']), len(made['b'] - made['a'])]
+    assert one + both + two + neither == 16 and both > 0 < one
+    curve = growth(net, train, a, [criterion], orders=3, show_progress=False).dataset['value']
+    assert float(curve[0, 0, -1]) == pytest.approx(len(made['a']) / 16)
