@@ -219,8 +219,9 @@ def pools(
     modules = select(model, where)
     found = {name: Pool({name: m}, bias) for name, m in modules.items() if _weighs(name, m, bias)}
     if not found:
+        inside = f', and where={f"{where}.*"!r} those inside' if where in modules else ''
         raise ValueError(f'where={where!r} chooses {", ".join(modules)}, and none of them has weights of its own; '
-                         "where='weights' takes convolutions and linear layers")
+                         f"where='weights' takes all convolutions and linear layers{inside}")
     return found
 
 # %% ../nbs/51_filters.ipynb #6a62e046

@@ -259,7 +259,7 @@ def _check_untouched(found: Responses, names: Sequence[str]) -> None:
         accuracy = found.accuracy[0, found.responses.index(name)]
         if not accuracy > 0:
             raise ValueError(f'the untouched network has no {name} image right, so nothing can be compared with it: take a '
-                             'smaller eps, or leave this response out with perturbations=')
+                             'smaller eps, or leave this response out')
         if accuracy <= guess:
             log.warning('%s: the untouched network has %.1f %% right, and answering one class to everything gives %.1f %%, so '
                         'removing all weights may look antifragile; take a smaller eps', name, 100 * accuracy, 100 * guess)

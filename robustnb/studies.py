@@ -30,7 +30,7 @@ from .attribution import as_method, relevance
 from .coverage import CRITERIA, Coverage, Criterion, _walk, as_criterion
 from .data import DataSet, _in_memory, batches, bounds_of, classes_of, steps_of
 from .devices import device_of, progress, sample_normal, sample_uniform, sync
-from .evaluation import _look_over, _recalled, _right, calibrate
+from .evaluation import _look_over, _recalled, _right, calibrate, evaluate
 from .filters import FILTERS
 from .fragility import Scores, _check_baseline, _check_settings
 from .fragility import scores as scored
@@ -1109,7 +1109,18 @@ def _fragility(model, data: DataSet, perturbations: dict | None, wanted: float |
         some = _gathered(data, asking['samples'], asking['seed'])  # the images that will be asked about
         perturbations = {name: calibrate(model, some, one, wanted, logits=asking['logits'], show_progress=False)
                          for name, one in perturbations.items()}
+    elif perturbations and asking['against'] == 'original':
+        _check_strengths(model, data, perturbations, asking)
     return scored(filtered(model, data, perturbations, **asking), **scoring)
+
+# %% ../nbs/69_studies.ipynb #5473d7c8
+def _check_strengths(model, data: DataSet, perturbations: dict, asking: dict) -> None:
+    "An error before hours of sweeping if an attack leaves nothing right that a filter could change."
+    some = _gathered(data, min(asking['samples'] or 250, 250), asking['seed'])
+    left = evaluate(model, some, perturbations, logits=asking['logits'], show_progress=False).table()
+    if broken := left.loc[left['accuracy'] == 0, 'attack'].tolist():
+        raise ValueError(f'the network has none of {len(some)} images right under {", ".join(broken)}, so no filter could make '
+                         'it worse: give a smaller eps, or calibrate_to=0.5')
 
 # %% ../nbs/69_studies.ipynb #78b6ebc4
 def _filters(filters) -> list:

@@ -372,3 +372,11 @@ def test_a_plan_for_filters_that_remove_nothing():
     nothing = plan(trained(), digits(), filters='high', thresholds=[-99, -98], where='linear2')
     assert nothing.layers[0]['states'] == 0 and nothing.passes == 40
     assert (nothing.run(show_progress=False).dataset['state'].values == 0).all()
+
+
+def test_a_block_is_told_how_to_name_what_is_inside():
+    model = nn.Sequential()
+    model.block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"where='block\.\*' those inside"):
+        pools(model, 'block')
+    assert list(pools(model, 'block.*')) == ['block.0']

@@ -569,6 +569,12 @@ def test_settings_of_scores_are_checked_before_the_sweep(model, halves, monkeypa
             fragility(model, *halves, calibrate_to=0.5, **wrong, **SILENT)
 
 
+def test_an_attack_that_leaves_nothing_is_refused_before_the_sweep(model, halves, monkeypatch):
+    monkeypatch.setattr(studies, 'filtered', None)
+    with pytest.raises(ValueError, match='none of 60 images right under far, .*calibrate_to'):
+        fragility(model, *halves, {'near': FGSM(0.01), 'far': PGD(0.5)}, samples=60, **SILENT)
+
+
 def test_fragility_from_birth(halves, tmp_path):
     from robustnb.histories import history, snapshots
 

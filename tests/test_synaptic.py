@@ -557,7 +557,8 @@ def noted_sweep(path: Path, dies_at: int = 0) -> tuple[Responses, int]:
 
 def test_a_sweep_that_is_killed_goes_on(tmp_path):
     path, before = tmp_path / 'run.jsonl', 2
-    died = subprocess.run([sys.executable, __file__, str(path), str(before)], timeout=120)
+    beside = {'PYTHONPATH': str(Path(__file__).parent)}  # where the literal form is, even if Python does not look beside scripts
+    died = subprocess.run([sys.executable, __file__, path, str(before)], env=os.environ | beside, timeout=120)
     assert died.returncode == -signal.SIGKILL
     whole, many = noted_sweep(tmp_path / 'whole.jsonl')
     resumed, again = noted_sweep(path)

@@ -1,18 +1,12 @@
 """Sweeps over filtered weights on XLA's CPU device: few programs, and the answers of the plain CPU.
 
-In a process of its own, as in test_xla: torch_xla has to be loaded before the first backward pass of a process. Every
-`check_...` below is an ordinary function that raises, and has a test here that reports it.
+In a process of its own, see xla_process.py; every `check_...` below has a test here that reports it.
 """
 
 import copy
-import functools
-import importlib.util
-import json
-import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from xla_process import checks_of, outcomes, run_checks
 
 from robustnb.attacks import FGSM
 from robustnb.data import digits
@@ -277,47 +272,23 @@ def check_fallbacks():
     assert fallback_ops() == ['aten::nonzero']
 
 
-# The machinery
+# What runs them
 
-CHECKS = {
-    name: value for name, value in globals().items() if name.startswith('check_') and value.__module__ == __name__
-}
-
-
+CHECKS = checks_of(globals(), __name__)
 SLOW = {
     'check_channels', 'check_several_strengths_of_a_noise', 'check_stopping_and_refining', 'check_going_on_from_a_file',
     'check_plan', 'check_all_layers_at_once',
 }  # fmt: skip
 
 
-def run_checks(path, *names):
-    "Run some checks here, in this process, and write for each what went wrong, or an empty text."
-    import torch_xla  # noqa: F401  first of all
-
-    found = {}
-    for name in names:
-        try:
-            CHECKS[name]()
-            found[name] = ''
-        except Exception:
-            found[name] = traceback.format_exc()
-    Path(path).write_text(json.dumps(found))
-
-
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-    "What each check of a group found, in a process of its own for each group."
-    if importlib.util.find_spec('torch_xla') is None:
-        pytest.skip("torch_xla is not installed: pip install 'robustnb[tpu]'")
+    "What each check of a group found: the slow ones, or the others."
 
-    @functools.cache
+    @cache
     def of(slow):
-        path = tmp_path_factory.mktemp('xla') / 'found.json'
-        environment = os.environ | {'PJRT_DEVICE': 'CPU', 'OMP_WAIT_POLICY': 'passive'}
-        command = [sys.executable, __file__, str(path), *(name for name in CHECKS if (name in SLOW) == slow)]
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert path.is_file(), ran.stderr
-        return json.loads(path.read_text())
+        names = [name for name in CHECKS if (name in SLOW) == slow]
+        return outcomes(Path(__file__), names, tmp_path_factory.mktemp('xla'))
 
     return of
 
@@ -329,4 +300,4 @@ def test_on_xla(check, found):
 
 
 if __name__ == '__main__':
-    run_checks(*sys.argv[1:])
+    run_checks(CHECKS, *sys.argv[1:])

@@ -1,21 +1,16 @@
 """The same on XLA as without it, tested on XLA's CPU device.
 
-torch_xla has to be loaded before the first backward pass of a process. So every `check_...` below runs in one process of
-its own, started once, and each has a test here that reports it. A check is an ordinary function that raises.
+Every `check_...` below runs in one process of its own, see xla_process.py, and has a test here that reports it.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from xla_process import checks_of, outcomes, run_checks
 
 from robustnb.devices import (
     compile_count,
@@ -344,38 +339,15 @@ def check_probe_within_xla_safe():
     close(torch.autograd.grad(probe['1'].square().sum() + probe['2'].sum(), inner)[0], expected, 1e-4)
 
 
-# The machinery
+# What runs them
 
-CHECKS = {
-    name: value for name, value in globals().items() if name.startswith('check_') and value.__module__ == __name__
-}
-
-
-def run_checks(path):
-    "Run every check here, in this process, and write for each what went wrong, or an empty text."
-    import torch_xla  # noqa: F401  first of all
-
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            found[name] = ''
-        except Exception:
-            found[name] = traceback.format_exc()
-    Path(path).write_text(json.dumps(found))
+CHECKS = checks_of(globals(), __name__)
 
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-    "What each check found, in a process of its own."
-    if importlib.util.find_spec('torch_xla') is None:
-        pytest.skip("torch_xla is not installed: pip install 'robustnb[tpu]'")
-    path = tmp_path_factory.mktemp('xla') / 'found.json'
-    environment = os.environ | {'PJRT_DEVICE': 'CPU'}
-    command = [sys.executable, __file__, str(path)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert path.is_file(), ran.stderr
-    return json.loads(path.read_text())
+    "What each check found."
+    return outcomes(Path(__file__), CHECKS, tmp_path_factory.mktemp('xla'))
 
 
 @pytest.mark.parametrize('check', CHECKS)
@@ -384,4 +356,4 @@ def test_on_xla(check, found):
 
 
 if __name__ == '__main__':
-    run_checks(sys.argv[1])
+    run_checks(CHECKS, *sys.argv[1:])
