@@ -127,7 +127,7 @@ def installed(wheel, tmp_path_factory) -> Iterator[tuple[Path, dict[str, str]]]:
     run(sys.executable, '-m', 'venv', home / 'venv', cwd=home, env=env)
     bin_folder = home / 'venv' / 'bin'
     index = ['--extra-index-url', env['TORCH_INDEX']] if env.get('TORCH_INDEX') else []
-    pip = [bin_folder / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-compile', *index]
+    pip = [bin_folder / 'python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', *index]
     try:
         run(*pip, '-c', ROOT / 'constraints.txt', wheel, cwd=home, env=env)
         yield bin_folder, env
