@@ -291,7 +291,7 @@ class Scores(Result):
         return _chosen(self, label, filter, kind)
 
     def plot(self, filter: str | None = None, kinds: Sequence[str] | None = None, save: str | Path | None = None) -> Figure:
-        "The scores of each layer as bars with their intervals; one panel for each filter, or one filter."
+        "The scores of each layer as bars with intervals, a panel for each filter; three kinds unless `kinds` are named."
         return _saved(_draw_bars(self, filter, kinds), save)
 
     def plot_map(self, kind: str = 'clean', save: str | Path | None = None) -> Figure:
@@ -459,8 +459,9 @@ def _draw_bars(found: Scores, filter: str | None, kinds: Sequence[str] | None) -
         ax.set_title(name, fontsize=10.5, pad=4)
     _name_ticks(axes[-1, 0], found.layers)
     axes[-1, 0].set_xlabel('layer, from input to output')
-    baseline = found.settings['baseline']
-    _legend_above(fig, f'Relative accuracy over the sweep, against {"no change" if baseline == "flat" else baseline}')
+    against = 'no change' if found.settings['baseline'] == 'flat' else found.settings['baseline']
+    part = f' ({len(kinds)} of {len(found.kinds)} kinds)' if len(kinds) < len(found.kinds) else ''
+    _legend_above(fig, f'Relative accuracy over the sweep, against {against}{part}')
     return fig
 
 # %% ../nbs/53_fragility.ipynb #2e973c6b

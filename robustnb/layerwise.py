@@ -158,6 +158,7 @@ class LayerRegularizer:
     detach: str = 'none'  # 'clean': the clean representation is taken as given, and only the attacked one moves
     warm_up: int = 0  # steps over which the weight grows from 0
     batch_norm: str = 'separate'  # a pass each for clean and attacked inputs; 'joint': one pass of both
+    average: bool = False  # the mean over the layers, and not their sum
 
     def __post_init__(self):
         object.__setattr__(self, 'where', _layers_of(self.where))
@@ -171,6 +172,7 @@ class LayerRegularizer:
         clean, attacked = _pair(self, _inside(model), x, x_adv)
         measure, share = as_measure(self.measure), min(1.0, step / self.warm_up) if self.warm_up else 1.0
         weights = _weights(self.gamma, list(clean))
+        share = share / len(clean) if self.average else share
         with _full_precision(x):
             return sum(share * weights[name] * _damage(name, measure, clean[name], attacked[name]) for name in clean)
 
