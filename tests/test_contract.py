@@ -10,6 +10,8 @@ import importlib
 import inspect
 import pkgutil
 import random
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,7 @@ from robustnb import (
     coverage,
     cuts,
     distributed,
+    dropout,
     evaluation,
     explorer,
     filters,
@@ -46,8 +49,10 @@ from robustnb import (
     probes,
     report,
     selective,
+    slimming,
     studies,
     suites,
+    suppression,
     surprise,
     synaptic,
     training,
@@ -235,6 +240,13 @@ def cases(p) -> dict:
         'selective.band_masks': lambda m: selective.band_masks(m, bands_of(m)),
         'selective.retrain': lambda m: selective.retrain(m, {'0.weight': True}, DATA, DATA, seeds=[0], **quiet),
         'links.explore': lambda m: links.explore(m, DATA, {'p': p}, thresholds=3, **quiet),
+        'suppression.vulnerability': lambda m: suppression.vulnerability(m, DATA, {'p': p}, **quiet),
+        'slimming.slim': lambda m: slimming.slim(m),
+        'slimming.load_slimmed': saved_and_slimmed,
+        'slimming.costs': lambda m: slimming.costs(m, X, repeats=1),
+        'slimming.published_costs': lambda m: slimming.published_costs(m, X),
+        'dropout.insert_masks': lambda m: dropout.insert_masks(m, X, where='0'),
+        **{f'dropout.{name}': lambda m, use=use: with_masks(m, use) for name, use in MASK_USES.items()},
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
     }
 
@@ -243,7 +255,8 @@ RUNS_NOTHING = {
     'devices.device_of', 'devices.xla_safe', 'guard.unwrap', 'guard.match_dtype', 'guard.Normalized.__init__',
     'guard.Logits.__init__', 'probes.select', 'models.save', 'attacks.Problem.__init__', 'distributed.mean_buffers',
     'blackbox.Transfer.__call__', 'attribution.Passes.__init__', 'attribution.unit_relevance', 'filters.pools',
-    'filters.scoped_pools', 'selective.layer_masks', 'selective.band_masks',
+    'filters.scoped_pools', 'selective.layer_masks', 'selective.band_masks', 'dropout.mask_kl', 'dropout.mask_groups',
+    'dropout.kept_units', 'dropout.mask_mode', 'dropout.paired', 'slimming.slim', 'slimming.load_slimmed',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
@@ -273,6 +286,36 @@ BY_DESIGN = {
         for method in ('setup', 'loss', 'after_step')
     },
 }
+
+
+def saved_and_slimmed(model):
+    with tempfile.TemporaryDirectory() as folder:
+        models.save(model, Path(folder) / 'net.safetensors')
+        slimming.load_slimmed(model, Path(folder) / 'net.safetensors')
+
+
+def in_a_block(block, *args):
+    def use(model):
+        with block(model, *args):
+            model(X)
+
+    return use
+
+
+MASK_USES = {
+    'mask_mode': in_a_block(dropout.mask_mode, 'hard'), 'paired': in_a_block(dropout.paired),
+    'mask_kl': dropout.mask_kl, 'mask_groups': dropout.mask_groups, 'kept_units': dropout.kept_units,
+}  # fmt: skip
+
+
+def with_masks(model, use):
+    "The copy with masks is what has to come back as it was."
+    masked = dropout.insert_masks(model, X, where='0')
+    with guard.untouched(masked):  # the modes of batch normalisation are not what this is about
+        masked.eval()
+        before = snapshot(masked)
+        use(masked)
+        assert_untouched(before, masked)
 
 
 def guarded(model, p):

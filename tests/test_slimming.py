@@ -1,0 +1,255 @@
+"""Slimmed networks compute what the full ones do, have the sizes that they should have, and cost what is counted by hand."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from masked_nets import NETS, Functional, Sum, mlp
+from torch import nn
+
+from robustnb.attacks import FGSM
+from robustnb.devices import seeded
+from robustnb.dropout import BetaBernoulliDropout, insert_masks, kept_units, mask_mode
+from robustnb.evaluation import evaluate
+from robustnb.guard import Normalized
+from robustnb.models import build, save
+from robustnb.slimming import costs, load_slimmed, published_costs, slim
+
+
+def masks_of(model):
+    return [module for module in model.modules() if isinstance(module, BetaBernoulliDropout)]
+
+
+def half_dead(model, x, seed=0, **how):
+    "The network in double precision, with masks of all values, half of them dead, and normalisations that have seen data."
+    masked = insert_masks(model, x, **how).double()
+    with seeded(seed), torch.no_grad():
+        for module in masked.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.running_mean.normal_(0, 0.3), module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 2), module.bias.normal_(0, 0.3)
+        for mask in masks_of(masked):
+            mask.a_raw.normal_(0, 2)
+            mask.a_raw[torch.randperm(len(mask.a_raw))[: len(mask.a_raw) // 2]] = -9.0
+    return masked.eval()
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow] * n.endswith(('vit', 'vgg11'))) for n in NETS])
+def test_slim_networks_compute_the_same(name):
+    make, shape, hosts = NETS[name]
+    x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+    masked = half_dead(make().eval(), x)
+    before = {key: value.clone() for key, value in masked.state_dict().items()}
+    small, x = slim(masked), x.double()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), masked(x), rtol=1e-9, atol=1e-10)
+    assert all(torch.equal(value, before[key]) for key, value in masked.state_dict().items())
+    assert not masks_of(small) and not any(module._forward_hooks for module in small.modules())
+    alive = kept_units(masked).groupby('layer')['alive'].sum()
+    for host in hosts:
+        first = next(readers_of(small, host, x))
+        assert first == alive[host], host
+    full, less = (sum(v.numel() for v in net.parameters()) for net in (make(), small))
+    assert less < 0.75 * full or name == 'torchvision vit'
+
+
+def readers_of(net, host, x):
+    "How many units the module after which the mask stood gives now."
+    found = []
+    hook = net.get_submodule(host).register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        net(x)
+    hook.remove()
+    yield found[0].shape[-1 if found[0].dim() <= 3 else 1]
+
+
+def test_attacks_see_the_same_network():
+    x, y = torch.rand(40, 1, 28, 28), torch.arange(40) % 10
+    masked = half_dead(build('lenet5_caffe', 0), x[:2])
+    table = evaluate({'full': masked, 'slim': slim(masked)}, (x.double(), y), FGSM(0.1), show_progress=False).table()
+    found = [table[table.model == name].accuracy.tolist() for name in ('full', 'slim')]
+    assert found[0] == found[1]
+
+
+def test_masks_of_maps_and_of_their_flattened_features_work_together():
+    x = torch.rand(4, 1, 28, 28)
+    masked = half_dead(build('lenet5_caffe', 0), x, where=['relu1', 'relu2', 'flatten', 'relu3'])
+    with torch.no_grad():
+        alive = masked.relu2.mask.alive.nonzero().flatten()
+        masked.flatten.mask.a_raw[:] = 1.0
+        masked.flatten.mask.a_raw.view(50, 16)[alive[:3]] = -9.0  # three channels that nobody reads any more
+        masked.flatten.mask.a_raw.view(50, 16)[alive[5], 2:] = -9.0  # one of which little is left
+    small = slim(masked)
+    torch.testing.assert_close(small(x.double()), masked(x.double()), rtol=1e-9, atol=1e-10)
+    assert small.conv2.out_channels == len(alive) - 3 and small.linear1.in_features == 16 * (len(alive) - 3)
+
+
+@pytest.mark.parametrize('make, shape', [(Functional, (1, 10, 10)), (Sum, (1, 8, 8))])
+def test_masks_by_hand_are_folded_whatever_comes_next(make, shape):
+    x = torch.rand(4, *shape)
+    for where in ('fc', 'head') if make is Functional else ('norm', 'point', 'out', 'deep'):
+        masked = half_dead(make(), x, where=where)
+        small = slim(masked)
+        torch.testing.assert_close(small(x.double()), masked(x.double()), rtol=1e-9, atol=1e-10)
+
+
+def test_sizes_in_the_code_stay():
+    class Fixed(Functional):
+        def forward(self, x):
+            x = self.act(self.second(self.act(self.norm(self.conv(x)))))
+            return self.head(self.act(self.fc(x.view(-1, 6 * 4 * 4))))
+
+    net, x = Fixed(), torch.rand(3, 1, 8, 8)
+    net.fc = nn.Linear(96, 8)
+    small = slim(half_dead(net, x))
+    torch.testing.assert_close(small(x.double()), half_dead(net, x)(x.double()), rtol=1e-9, atol=1e-10)
+    assert (small.conv.out_channels, small.second.out_channels, small.fc.out_features) == (3, 6, 4)
+
+
+def test_a_mask_that_cannot_be_folded():
+    with pytest.raises(ValueError, match='mask after tanh cannot be folded'):
+        slim(insert_masks(Sum(), torch.rand(2, 1, 8, 8), where='tanh'))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.act, self.two = nn.Linear(64, 5), nn.Tanh(), nn.Linear(64, 5)
+
+        def forward(self, x):
+            return self.act(self.one(x.flatten(1))) + self.two(x.flatten(1))
+
+    with pytest.raises(ValueError, match='mask after act cannot be folded'):
+        slim(insert_masks(Net(), torch.rand(2, 1, 8, 8), where='act'))
+
+
+def test_without_masks_zeros_decide():
+    net, x = mlp(), torch.rand(5, 1, 8, 8)
+    assert slim(net)[1].out_features == 12 and torch.equal(slim(net)(x), net(x))
+    with torch.no_grad():
+        net[1].weight[:3] = 0  # silent, but for its bias
+        net[1].bias[0] = 0
+        net[3].weight[:, 7:9] = 0  # unread
+    small = slim(net)
+    assert small[1].out_features == small[3].in_features == 9
+    torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_only_dead_units_read_is_dead():
+    with seeded(0):
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with torch.no_grad():
+        net[4].weight[:, 1:] = 0  # one of the five is read,
+        net[2].weight[0, 4:] = 0  # and that one reads four of the eight
+    small, x = slim(net), torch.rand(4, 6)
+    assert [small[0].out_features, small[2].out_features] == [4, 1]
+    torch.testing.assert_close(small(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_one_unit_stays():
+    x = torch.rand(5, 1, 8, 8)
+    masked = insert_masks(mlp(), x)
+    with torch.no_grad():
+        masked[2].mask.a_raw[:] = -9
+    small = slim(masked)
+    assert small[1].out_features == 1
+    torch.testing.assert_close(small(x), masked.eval()(x), rtol=1e-5, atol=1e-6)
+
+
+def test_other_layers():
+    with seeded(0):
+        net = nn.Sequential(
+            nn.ConvTranspose2d(2, 6, 3), nn.PReLU(6), nn.Conv2d(6, 5, 3, groups=1, bias=False), nn.BatchNorm2d(5, affine=False),
+            nn.ReLU(), nn.ConvTranspose2d(5, 4, 2, stride=2), nn.LeakyReLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(4, 3),
+        ).eval()  # fmt: skip
+    x = torch.rand(3, 2, 7, 7)
+    masked = half_dead(net, x)
+    small = slim(masked)
+    torch.testing.assert_close(small(x.double()), masked(x.double()), rtol=1e-9, atol=1e-10)
+    assert [small[0].out_channels, small[1].num_parameters, small[2].out_channels, small[3].num_features] == [3, 3, 3, 3]
+    assert small[5].in_channels == 3 and small[9].in_features == 2
+    small.train()(x.double()).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_a_wrapped_network():
+    model, x = Normalized(mlp(), [0.5], [0.5]), torch.rand(3, 1, 8, 8)
+    masked = half_dead(model, x)
+    small = slim(masked)
+    assert type(small) is Normalized
+    torch.testing.assert_close(small(x.double()), masked(x.double()), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['lenet5_caffe', 'vgg16', 'resnet18'])
+def test_kept_in_a_file(name, tmp_path):
+    make, shape, _ = NETS[name]
+    x = torch.rand(2, *shape)
+    small = slim(half_dead(make(), x)).float()
+    save(small, tmp_path / 'net.safetensors')
+    again = load_slimmed(make(), tmp_path / 'net.safetensors')
+    with torch.no_grad():
+        assert torch.equal(again(x), small(x)) and repr(again) == repr(small)
+    with pytest.raises(ValueError, match='holds another architecture'):
+        load_slimmed(mlp(), tmp_path / 'net.safetensors')
+
+
+def test_costs_are_those_counted_by_hand():
+    nets = {'lenet': build('lenet5_caffe', 0), 'mlp': mlp()}
+    with torch.no_grad():
+        nets['mlp'][1].weight[0] = 0
+    table = costs({'mlp': nets['mlp']}, torch.rand(7, 1, 8, 8), repeats=2)
+    row = table.iloc[0]
+    assert row.parameters == 64 * 12 + 12 + 12 * 4 + 4 and row.not_zero == row.parameters - 64
+    assert row.bytes == 4 * row.parameters and row.operations == 7 * 2 * (64 * 12 + 12 * 4)
+    assert row.activations == 4 * 7 * (64 + 64) and row.milliseconds > 0
+    lenet = costs(nets['lenet'], torch.rand(1, 1, 28, 28), 1).iloc[0]
+    assert lenet.operations == 4_586_000 and lenet.parameters == 431_080 and lenet.model == 'model'
+
+
+def published_vgg():
+    "The network of the published tables."
+    layers, channels = [], 3
+    for size, depth in zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3), strict=True):
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, size, 3, padding=1), nn.BatchNorm2d(size), nn.ReLU()]
+            channels = size
+        layers.append(nn.MaxPool2d(2))
+    head = nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 10)
+    return nn.Sequential(*layers, *head).eval()
+
+
+def test_published_formulas_give_the_published_constants():
+    assert published_costs(build('lenet5_caffe', 0), torch.rand(1, 1, 28, 28)) == (4_615_950, 477_410)
+    net, x = published_vgg(), torch.rand(2, 3, 32, 32)
+    assert published_costs(net, x) == (627_329_546, 16_655_818)
+    assert costs(net, x[:1], 1).operations.item() == 626_927_616
+    part = published_costs(slim(half_dead(build('lenet5_caffe', 0), torch.rand(1, 1, 28, 28))).float(), torch.rand(1, 1, 28, 28))
+    assert part.flops < 0.4 * 4_615_940 and part.memory < 0.4 * 477_410
+
+
+def test_hard_masks_are_not_what_is_kept():
+    x = torch.rand(4, 1, 8, 8)
+    masked = half_dead(mlp(), x)
+    with mask_mode(masked, 'hard'):
+        hard = masked(x.double())
+        small = slim(masked)
+        assert masked[2].mask.mode == 'hard'
+    assert not torch.allclose(small(x.double()), hard)
+    torch.testing.assert_close(small(x.double()), masked(x.double()), rtol=1e-9, atol=1e-10)
+    assert math.isfinite(np.abs(hard.detach().numpy()).max())
+
+
+def test_a_forward_pass_that_branches_is_refused():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = nn.Linear(8, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.fc(x).relu()) if x.sum() > 0 else self.out(self.fc(x))
+
+    with pytest.raises(ValueError, match='cannot be followed'):
+        slim(Branches())
+    assert copy.deepcopy(Branches()) is not None
