@@ -8,6 +8,7 @@ __all__ = ['MODES', 'BetaBernoulliDropout', 'insert_masks', 'mask_mode', 'paired
 # %% ../nbs/60_dropout.ipynb #4bfa0c41
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -81,8 +82,9 @@ class _KeepProbabilities(nn.Module):
         self.b_raw = nn.Parameter(torch.full((units,), _before_softplus(1.0)))
 
     def ab(self) -> tuple[Tensor, Tensor]:
-        "The two numbers of each unit, (units,) and (units,), above 0."
-        return F.softplus(self.a_raw.clamp(min=-10)), F.softplus(self.b_raw.clamp(-10, 50))
+        "The two numbers of each unit, (units,) and (units,), above 0; at least in single precision."
+        wide = torch.promote_types(self.a_raw.dtype, torch.float32)
+        return F.softplus(self.a_raw.to(wide).clamp(min=-10)), F.softplus(self.b_raw.to(wide).clamp(-10, 50))
 
     @property
     def keep(self) -> Tensor:
@@ -170,11 +172,10 @@ def _check_settings(units, start, prior, temperature, threshold, dim) -> None:
 # %% ../nbs/60_dropout.ipynb #12cfb016
 _NORMS = nn.modules.batchnorm._BatchNorm
 _DROPOUTS = nn.modules.dropout._DropoutNd
-_RESHAPING = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-              nn.modules.pooling._AdaptiveMaxPoolNd, nn.Flatten, nn.Identity)
-_RESHAPES = {'flatten', 'view', 'reshape', 'contiguous', 'mean', 'max_pool2d', 'avg_pool2d', 'adaptive_avg_pool2d',
-             'adaptive_max_pool2d', 'boolean_dispatch', 'dropout'}  # names of functions; the last but one is F.max_pool2d
-_NOT_ZERO = (nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Threshold)  # activations of which zero does not stay zero
+_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
+          nn.modules.pooling._AdaptiveMaxPoolNd)
+_POOL_FUNCTIONS = {'max_pool2d', 'avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d', 'boolean_dispatch'}  # F.max_pool2d
+_NOT_ZERO = (nn.Sigmoid, nn.LogSigmoid, nn.Hardsigmoid, nn.Softplus, nn.Threshold)  # activations of which zero is not zero
 _SCALES = (nn.ReLU, nn.LeakyReLU, nn.PReLU)  # act(z h) = z act(h) for z >= 0: a mask may as well stand before them
 _RELUS = {'relu', 'leaky_relu'}  # the same as functions
 
@@ -186,61 +187,147 @@ def _function(node: fx.Node) -> str:
 
 # %% ../nbs/60_dropout.ipynb #b4d31c40
 class _Sites:
-    "The steps of a network, to see where masks may stand."
+    "The steps of a network, to see where masks may stand and who reads a unit."
 
     def __init__(self, inner: nn.Module):
         self.modules, self.nodes = dict(inner.named_modules()), _traced(inner)[0]
         called = [node.target for node in self.nodes if node.op == 'call_module']
-        self.once = {name for name in called if called.count(name) == 1}
+        read = {node.target.rpartition('.')[0] for node in self.nodes if node.op == 'get_attr'}
+        self.strange = _strange(self.modules)
+        self.once = {name for name in called if called.count(name) == 1} - _shared(self.modules) - read
+        self.sizes_may_change = False  # if so, a view whose size stands in the code is no way to go
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        "The module that a step runs."
-        return self.modules.get(node.target) if node.op == 'call_module' else None
+        "The module that a step runs, if it is what its class says."
+        return self.modules[node.target] if node.op == 'call_module' and node.target not in self.strange else None
 
     def is_elementwise(self, node: fx.Node) -> bool:
         "Whether a step treats each unit by itself, at each place."
-        return isinstance(self.module(node), (*_ACTIVATIONS, _NORMS, _DROPOUTS)) or _function(node) in _RELUS | {'dropout'}
+        module = self.module(node)
+        if isinstance(module, nn.GLU):  # takes pairs of units
+            return False
+        return isinstance(module, (*_ACTIVATIONS, _NORMS, _DROPOUTS)) or _function(node) in _RELUS | {'dropout'}
 
     def keeps_zero(self, node: fx.Node) -> bool:
-        "Whether a unit that is zero stays zero through a step."
+        "Whether a step treats each value by itself, and zero stays zero."
         module = self.module(node)
-        if module is None:
-            return _function(node) in _RESHAPES | _RELUS
-        return isinstance(module, (*_ACTIVATIONS, _DROPOUTS, *_RESHAPING)) and not isinstance(module, _NOT_ZERO)
+        if isinstance(module, nn.Hardtanh):
+            return module.min_val <= 0 <= module.max_val
+        return self.is_elementwise(node) and not isinstance(module, (_NORMS, *_NOT_ZERO))
 
     def scales(self, node: fx.Node) -> bool:
-        "Whether a factor that is not negative may as well stand before a step."
-        module = self.module(node)
-        return _function(node) in _RESHAPES | _RELUS if module is None else isinstance(module, (*_SCALES, _DROPOUTS, *_RESHAPING))
+        "Whether a step treats each value by itself, and a factor that is not negative may as well stand before it."
+        return _function(node) in _RELUS | {'dropout'} or isinstance(self.module(node), (*_SCALES, _DROPOUTS))
 
 # %% ../nbs/60_dropout.ipynb #399d0bcd
-def _mixes(module: nn.Module) -> bool:
-    "Whether each output of some weights is made of all inputs, so that one can go without the others."
-    return getattr(module, 'groups', 1) == 1
+def _shared(modules: Mapping[str, nn.Module]) -> set[str]:
+    "Modules whose parameters belong to other modules as well."
+    owners = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
+    return {name for name, module in modules.items()
+            if any(owners[id(p)] > 1 for p in module._parameters.values() if p is not None)}
+
+def _strange(modules: Mapping[str, nn.Module]) -> set[str]:
+    "Modules that do more than their class says: with hooks of others, or weights that are computed anew in each pass."
+    return {name for name, module in modules.items()
+            if module._forward_pre_hooks or hasattr(module, 'parametrizations')
+            or any(hook is not _masked for hook in module._forward_hooks.values())}
 
 # %% ../nbs/60_dropout.ipynb #7e542d87
-def _readers(sites: _Sites, node: fx.Node, through: Callable[[fx.Node], bool]) -> list[str] | None:
-    "The weights that read a step, if all that reads it leads to weights, `through` such steps only; else None."
+def _check_plain(model: nn.Module) -> None:
+    "An error for weights that are computed anew in each pass, and that therefore cannot be copied or cut."
+    for name, module in unwrap(model).named_modules():
+        if isinstance(vars(module).get('weight'), Tensor):
+            raise ValueError(f'the weight of {name} is computed anew in each pass (pruning or weight normalisation); make it '
+                             "plain first, with torch.nn.utils.prune.remove(module, 'weight') or remove_weight_norm")
+
+# %% ../nbs/60_dropout.ipynb #a0dfa0ce
+def _given(node: fx.Node, name: str, default):
+    "The first argument after the tensor, however it was given."
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get(name, default)
+
+def _is_flattening(module: nn.Module | None, node: fx.Node) -> bool:
+    "Whether a step makes (batch, features) of a map."
+    if isinstance(module, nn.Flatten):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    if _function(node) == 'flatten':
+        return _given(node, 'start_dim', 0) == 1 and len(node.args) < 3 and 'end_dim' not in node.kwargs
+    sizes = node.args[1:]
+    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+    return _function(node) in ('view', 'reshape') and len(sizes) == 2
+
+# %% ../nbs/60_dropout.ipynb #579cbe8d
+def _fixes_a_size(node: fx.Node) -> bool:
+    "Whether a step gives an output a size that stands in the code, as `x.view(-1, 400)` does."
+    sizes = [size for arg in node.args[1:] for size in (arg if isinstance(arg, tuple | list) else [arg])]
+    return _function(node) in ('view', 'reshape') and any(isinstance(size, int) and size > 0 for size in sizes)
+
+# %% ../nbs/60_dropout.ipynb #94256b20
+def _axes_left(sites: _Sites, node: fx.Node, axes: int) -> int | None:
+    "How many axes of places are left of a map after a step that touches places only; None if it does more than that."
+    module, name = sites.module(node), _function(node)
+    if isinstance(module, nn.Identity) or name == 'contiguous':
+        return axes
+    if not axes:
+        return None
+    if isinstance(module, _POOLS) or name in _POOL_FUNCTIONS:
+        return axes
+    if name == 'mean':
+        dims = _given(node, 'dim', None)
+        dims = (dims,) if isinstance(dims, int) else dims or ()
+        return 0 if len(dims) == axes and all(d >= 2 or -axes <= d < 0 for d in dims) else None
+    return 0 if _is_flattening(module, node) and not (sites.sizes_may_change and _fixes_a_size(node)) else None
+
+# %% ../nbs/60_dropout.ipynb #d426c137
+def _asks_for_sizes(node: fx.Node) -> bool:
+    "Whether a step reads a size, and the size is used for a shape only."
+    if _function(node) == 'getattr' and node.args[1] != 'shape' or _function(node) not in ('getattr', 'size', 'getitem', 'mul'):
+        return False
+    return all(_function(user) in ('view', 'reshape') or _asks_for_sizes(user) for user in node.users)
+
+# %% ../nbs/60_dropout.ipynb #23087000
+def _readers(sites: _Sites, node: fx.Node, axes: int, through: Callable[[fx.Node], bool]) -> list[str] | None:
+    "The weights that read a step with so many axes of places, if nothing but `through` steps and pooling is between; else None."
     found = []
     for user in node.users:
         module = sites.module(user)
         if isinstance(module, _WEIGHTS):
-            more = [user.target] if _mixes(module) else None
-        elif _function(user) in ('size', 'getattr'):
-            more = []  # asks for a shape only
+            more = [user.target] if _mixes(module) and _fits(module, axes) else None
+        elif _asks_for_sizes(user):
+            more = []
         else:
-            more = _readers(sites, user, through) if through(user) else None
+            left = axes if through(user) else _axes_left(sites, user, axes)
+            more = None if left is None else _readers(sites, user, left, through)
         if more is None:
             return None
         found += more
     return found or None
 
-# %% ../nbs/60_dropout.ipynb #a0dfa0ce
+# %% ../nbs/60_dropout.ipynb #830220ec
+def _mixes(module: nn.Module) -> bool:
+    "Whether each output of some weights is made of all inputs, so that one can go without the others."
+    return getattr(module, 'groups', 1) == 1 and not isinstance(module, nn.Bilinear)
+
+def _places(module: nn.Module) -> int:
+    "How many axes of places the outputs of some weights have."
+    return len(getattr(module, 'kernel_size', ()))
+
+def _fits(module: nn.Module, axes: int) -> bool:
+    "Whether weights read maps with so many axes of places as maps, and features as features."
+    return _places(module) == axes
+
+# %% ../nbs/60_dropout.ipynb #8317c995
+def _axes(module: nn.Module) -> tuple[int, int]:
+    "The axes of a weight along which its outputs and its inputs lie."
+    return (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
+
+# %% ../nbs/60_dropout.ipynb #0194b3e7
 def _chain(sites: _Sites, node: fx.Node) -> list[fx.Node]:
     "The elementwise steps that follow a layer, one after the other, the layer first."
-    found = [node]
+    found, units = [node], sites.module(node).weight.shape[_axes(sites.module(node))[0]]
     while len(node.users) == 1 and sites.is_elementwise(next(iter(node.users))):
         node = next(iter(node.users))
+        if getattr(sites.module(node), 'num_features', units) != units:
+            break  # it normalises something else
         found.append(node)
     return found
 
@@ -255,7 +342,8 @@ def _host(sites: _Sites, chain: list[fx.Node]) -> str | None:
             host, commutes = node.target, True
         else:
             commutes = commutes and sites.scales(node)
-    return host if host in sites.once and commutes and _readers(sites, chain[-1], sites.keeps_zero) else None
+    readers = _readers(sites, chain[-1], _places(sites.module(chain[0])), sites.keeps_zero) or ['nobody']
+    return host if commutes and sites.once.issuperset([chain[0].target, host, *readers]) else None
 
 # %% ../nbs/60_dropout.ipynb #a3df286e
 def _followed(inner: nn.Module, advice: str = '') -> _Sites:
@@ -269,16 +357,16 @@ def _followed(inner: nn.Module, advice: str = '') -> _Sites:
                          f'weights read a unit{advice}') from error
 
 # %% ../nbs/60_dropout.ipynb #a845d13e
-def _found_sites(inner: nn.Module) -> list[str]:
-    "The modules after which masks are put by default."
+def _found_sites(inner: nn.Module) -> dict[str, int]:
+    "The modules after which masks are put by default, and where the units are in their outputs."
     sites = _followed(inner, ': name the modules after which masks should stand with where=')
     makers = [node for node in sites.nodes if isinstance(module := sites.module(node), _WEIGHTS) and _mixes(module)]
-    hosts = [_host(sites, _chain(sites, node)) for node in makers]
-    found = list(dict.fromkeys(host for host in hosts if host))
-    if not found:
+    hosts = {_host(sites, _chain(sites, node)): 1 if _places(sites.module(node)) else -1 for node in makers}
+    hosts.pop(None, None)
+    if not hosts:
         raise ValueError(f'no unit of this {type(inner).__name__} could be taken out alone; name the modules after which masks '
                          'should stand with where=')
-    return found
+    return hosts
 
 # %% ../nbs/60_dropout.ipynb #3093623e
 def _outputs(model: nn.Module, hosts: Mapping[str, nn.Module], example: Tensor) -> dict[str, Tensor]:
@@ -294,9 +382,9 @@ def _outputs(model: nn.Module, hosts: Mapping[str, nn.Module], example: Tensor) 
                              'gives one tensor')
     return {name: calls[0] for name, calls in found.items()}
 
-def _unit_dim(output: Tensor) -> int:
-    "Where the units are: at the end for tokens and features, else behind the samples."
-    return -1 if output.dim() <= 3 else 1
+def _unit_dim(module: nn.Module, output: Tensor) -> int:
+    "Where the units are: behind the samples in maps, and at the end of features and tokens."
+    return 1 if output.dim() > 3 or isinstance(module, nn.modules.conv._ConvNd | _NORMS) else -1
 
 # %% ../nbs/60_dropout.ipynb #75f79ec7
 def _masked(module: nn.Module, args, output: Tensor) -> Tensor:
@@ -313,16 +401,18 @@ def insert_masks(
     **settings,  # of `BetaBernoulliDropout`: prior, temperature, threshold
 ) -> nn.Module:  # a copy with masks
     "A copy of a network in which units learn whether they are needed."
+    _check_plain(model)
     found = copy.deepcopy(model)
     inner = unwrap(found)
     if masked := [name for name, module in inner.named_modules() if isinstance(module, BetaBernoulliDropout)]:
         raise ValueError(f'this network has masks already, such as {masked[0]}')
-    names = _found_sites(inner) if isinstance(where, str) and where == 'auto' else select(inner, where)
-    hosts = {name: inner.get_submodule(name) for name in names}
+    dims = _found_sites(inner) if isinstance(where, str) and where == 'auto' else {}
+    hosts = {name: inner.get_submodule(name) for name in dims or select(inner, where)}
     for name, output in _outputs(found, hosts, example).items():
         if hasattr(hosts[name], 'mask'):
             raise ValueError(f'{name} has an attribute `mask`, and that is where its mask would be; name others with where=')
-        place = _unit_dim(output) if dim is None else dim
+        place = (dims.get(name) or _unit_dim(hosts[name], output)) if dim is None else dim
+        place = -1 if output.dim() == 2 else place
         mask = BetaBernoulliDropout(output.shape[place], start, dim=place, **settings)
         hosts[name].mask = mask.to(device_of(inner)).train(hosts[name].training)
         hosts[name].register_forward_hook(_masked)

@@ -19,12 +19,15 @@ from torch import Tensor, fx, nn
 from .devices import device_of, sync
 from robustnb.dropout import (
     _NORMS,
+    _POOLS,
     BetaBernoulliDropout,
+    _axes,
     _chain,
+    _check_plain,
     _followed,
-    _function,
     _masked,
     _mixes,
+    _places,
     _readers,
     _Sites,
 )
@@ -34,10 +37,6 @@ from .probes import _WEIGHTS
 from .results import load_arrays
 
 # %% ../nbs/62_slimming.ipynb #512462f4
-def _axes(module: nn.Module) -> tuple[int, int]:
-    "The axes of a weight along which its outputs and its inputs lie."
-    return (1, 0) if isinstance(module, nn.modules.conv._ConvTransposeNd) else (0, 1)
-
 def _columns(module: nn.Module, units: int) -> Tensor:
     "The weights that read each unit, (units, ...), a view or a copy; after flattening, a unit has several inputs."
     weight = module.weight.detach().movedim(_axes(module)[1], 0)
@@ -62,47 +61,101 @@ def _scale_rows(module: nn.Module, factors: Tensor) -> None:
         module.bias.data *= factors
 
 # %% ../nbs/62_slimming.ipynb #dacfab1f
-def _backward(sites: _Sites, node: fx.Node) -> nn.Module | None:
-    "The weights or the normalisation before a step, if a factor could pass all that lies in between; else None."
+def _backward(sites: _Sites, node: fx.Node, units: int) -> nn.Module | None:
+    "The weights or the normalisation before a step, if a factor for each unit could pass all that lies in between; else None."
     while True:
         module = sites.module(node)
         if isinstance(module, _WEIGHTS) or isinstance(module, _NORMS) and module.affine:
-            return module if node.target in sites.once and not isinstance(module, nn.Bilinear) else None
+            grouped = isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1
+            fits = not isinstance(module, nn.Bilinear) and not grouped and _rows(module) == units
+            return module if fits and node.target in sites.once else None
         sources = node.all_input_nodes
         if not sites.scales(node) or len(sources) != 1 or len(sources[0].users) != 1:
             return None
         node = sources[0]
 
+def _rows(module: nn.Module) -> int:
+    "How many outputs weights or a normalisation have."
+    return module.weight.shape[0 if isinstance(module, _NORMS) else _axes(module)[0]]
+
 # %% ../nbs/62_slimming.ipynb #0715adef
-def _fold(inner: nn.Module) -> None:
-    "Multiply all masks into the weights, and take them away."
-    masks = {name: host for name, host in inner.named_modules() if isinstance(getattr(host, 'mask', None), BetaBernoulliDropout)}
-    factors = {}
-    with torch.no_grad():
-        for name, host in masks.items():
-            host.mask.eval().mode = None
-            factors[name] = host.mask.mask(1)[0]
+def _axes_at(sites: _Sites, node: fx.Node) -> int:
+    "How many axes of places the output of a step has: those of the weights before it, unless something flattened it since."
+    while not isinstance(module := sites.module(node), _WEIGHTS):
+        sources = node.all_input_nodes
+        if len(sources) != 1 or not (sites.is_elementwise(node) or isinstance(module, _POOLS)):
+            return 0
+        node = sources[0]
+    return _places(module)
+
+# %% ../nbs/62_slimming.ipynb #ac71de45
+def _taken_off(inner: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    "Take all masks away; the factors that they stand for, and along which dimension, by the module after which they stood."
+    found = {}
+    for name, host in [*inner.named_modules()]:
+        mask = getattr(host, 'mask', None)
+        if isinstance(mask, BetaBernoulliDropout):
+            mask.eval().mode = None if mask.mode == 'sample' else mask.mode
+            factors = torch.ones_like(mask.keep) if mask.mode == 'off' else mask.mask(1)[0]
+            found[name] = factors.detach(), mask.dim
             for key in [key for key, hook in host._forward_hooks.items() if hook is _masked]:
                 del host._forward_hooks[key]
             del host.mask
+    return found
+
+# %% ../nbs/62_slimming.ipynb #7228bb55
+def _fold(inner: nn.Module) -> None:
+    "Multiply all masks into the weights, and take them away."
+    factors = _taken_off(inner)
     sites = _followed(inner)
-    for node in [node for node in sites.nodes if node.op == 'call_module' and node.target in factors]:
-        readers = _readers(sites, node, sites.scales)
-        if readers and sites.once.issuperset(readers):
-            for reader in readers:
-                _scale_columns(sites.modules[reader], factors[node.target])
-        elif (maker := _backward(sites, node)) is not None:
-            _scale_rows(maker, factors[node.target])
-        else:
-            raise ValueError(f'the mask after {node.target} cannot be folded: neither the weights before it nor those behind it '
-                             'are reached by steps that a factor could pass; put masks elsewhere with where= of insert_masks')
+    steps = {node.target: node for node in sites.nodes if node.op == 'call_module'}
+    for name, (values, dim) in factors.items():
+        if name not in steps or not _folded(sites, steps[name], values, dim):
+            raise ValueError(f'the mask after {name} cannot be folded: it stands after a block of several steps, or neither the '
+                             'weights before it nor those behind it are reached by steps that a factor could pass, or these '
+                             'weights have hooks or several owners; put masks elsewhere with where= of insert_masks')
+
+# %% ../nbs/62_slimming.ipynb #a35a1e87
+def _folded(sites: _Sites, node: fx.Node, factors: Tensor, dim: int) -> bool:
+    "Multiply factors for the units of a step into weights; whether that was possible."
+    axes = _axes_at(sites, node)
+    if dim not in ((1, -1 - axes) if axes else (-1,)):
+        return False
+    names = _readers(sites, node, axes, sites.scales)
+    readers = [sites.modules[name] for name in names or ()]
+    if readers and sites.once.issuperset(names) and not any(r.weight.shape[_axes(r)[1]] % len(factors) for r in readers):
+        for reader in readers:
+            _scale_columns(reader, factors)
+        return True
+    maker = _backward(sites, node, len(factors))
+    if maker is not None:
+        _scale_rows(maker, factors)
+    return maker is not None
 
 # %% ../nbs/62_slimming.ipynb #e3ccd0d8
+def _silent(module: nn.Module) -> Tensor:
+    "Which outputs of weights or of a normalisation are always zero, (units,) bool."
+    weight = module.weight.detach().movedim(0 if isinstance(module, _NORMS) else _axes(module)[0], 0).flatten(1) \
+        if module.weight.dim() > 1 else module.weight.detach()[:, None]
+    found = (weight == 0).all(1)
+    return found if module.bias is None else found & (module.bias.detach() == 0)
+
+def _last_rows(sites: _Sites, chain: list[fx.Node]) -> nn.Module | None:
+    "The last module of a chain with rows of its own, if zero stays zero after it."
+    for number, node in reversed([*enumerate(chain)]):
+        module = sites.module(node)
+        if number == 0 or isinstance(module, _NORMS) and module.affine:
+            return module
+        if not sites.keeps_zero(node):
+            return None
+
+# %% ../nbs/62_slimming.ipynb #d6b588b2
 class _Layer(NamedTuple):
     "Weights whose outputs can be taken out one by one, and all that has a part for each of them."
     maker: nn.Module
     between: list[nn.Module]  # normalisations, and activations with parameters
     readers: list[nn.Module]
+    last: nn.Module | None  # where a row of zeros makes a unit that is always zero; None if something after it is not zero then
 
     @property
     def units(self) -> int:
@@ -112,31 +165,23 @@ class _Layer(NamedTuple):
     def idle(self) -> Tensor:
         "(units,) whether nobody reads a unit, or it is always zero."
         unread = torch.stack([(_columns(reader, self.units) == 0).all(1) for reader in self.readers]).all(0)
-        norms = [module for module in self.between if isinstance(module, _NORMS) and module.affine]
-        last = norms[-1] if norms else self.maker
-        weight = last.weight.detach().movedim(0 if norms else _axes(last)[0], 0).reshape(self.units, -1)
-        silent = (weight == 0).all(1) & (torch.ones_like(unread) if last.bias is None else last.bias.detach() == 0)
-        return unread | silent
-
-# %% ../nbs/62_slimming.ipynb #d6b588b2
-def _fixes_a_size(node: fx.Node) -> bool:
-    "Whether a step gives an output a size that stands in the code, as `x.view(-1, 400)` does."
-    return _function(node) in ('view', 'reshape') and any(
-        isinstance(size, int) and size > 0 for arg in node.args[1:] for size in (arg if isinstance(arg, tuple | list) else [arg]))
+        return unread if self.last is None else unread | _silent(self.last)
 
 # %% ../nbs/62_slimming.ipynb #63ecc73d
 def _layers(inner: nn.Module) -> list[_Layer]:
     "The layers whose units can be taken out, in the order of the forward pass."
     sites, found = _followed(inner), []
+    sites.sizes_may_change = True
     for node in sites.nodes:
         module = sites.module(node)
-        if not isinstance(module, _WEIGHTS) or isinstance(module, nn.Bilinear) or not _mixes(module):
+        if not isinstance(module, _WEIGHTS) or not _mixes(module):
             continue
         chain = _chain(sites, node)
-        readers = _readers(sites, chain[-1], lambda step: sites.keeps_zero(step) and not _fixes_a_size(step))
+        readers = _readers(sites, chain[-1], _places(module), sites.keeps_zero)
         between = [one.target for one in chain[1:] if _holds_numbers(sites.module(one))]
         if readers and sites.once.issuperset([node.target, *between, *readers]):
-            found.append(_Layer(module, *([sites.modules[name] for name in names] for names in (between, readers))))
+            others = ([sites.modules[name] for name in names] for names in (between, readers))
+            found.append(_Layer(module, *others, _last_rows(sites, chain)))
     return found
 
 # %% ../nbs/62_slimming.ipynb #85555df9
@@ -159,8 +204,10 @@ def _cut(module: nn.Module, name: str, rows: Tensor, axis: int = 0) -> None:
 # %% ../nbs/62_slimming.ipynb #c987063d
 def _tell_sizes(module: nn.Module) -> None:
     "Let the numbers that a module says of itself agree with its weights."
-    shape = module.weight.shape if module.weight is not None else module.running_mean.shape
-    outs, ins = _axes(module)
+    like = module.weight if module.weight is not None else module.running_mean
+    if like is None:
+        return
+    shape, (outs, ins) = like.shape, _axes(module)
     told = dict.fromkeys(('num_features', 'num_parameters'), shape[0])
     if len(shape) > 1:
         inputs = shape[ins] * getattr(module, 'groups', 1)
@@ -194,6 +241,7 @@ def slim(
     model: nn.Module,  # a network with masks, or with zeros in its weights; comes back as it was
 ) -> nn.Module:  # a plain copy, in evaluation mode
     "A smaller network that computes the same as this one in evaluation mode: masks are folded, and idle units taken out."
+    _check_plain(model)
     found = copy.deepcopy(model).eval()
     inner = unwrap(found)
     _fold(inner)
@@ -211,14 +259,15 @@ def load_slimmed(
     "A slimmed network from the weights in a file."
     found = copy.deepcopy(model)
     inner, arrays = unwrap(found), load_arrays(path)[0]
-    for name, value in [*inner.named_parameters(), *inner.named_buffers()]:
+    for name, value in [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]:
         if name not in arrays:
             raise ValueError(f'{path} has no {name}, so it holds another architecture: {len(arrays)} tensors, such as '
                              f'{next(iter(arrays), "none")}')
         if arrays[name].shape != tuple(value.shape):
             place, _, part = name.rpartition('.')
             new = value.detach().new_zeros(arrays[name].shape)
-            setattr(inner.get_submodule(place), part, nn.Parameter(new) if isinstance(value, nn.Parameter) else new)
+            new = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+            setattr(inner.get_submodule(place), part, new)
     for module in inner.modules():
         if isinstance(module, (*_WEIGHTS, _NORMS, nn.PReLU)) and not isinstance(module, nn.Bilinear):
             _tell_sizes(module)
@@ -276,8 +325,6 @@ def costs(
     return pd.DataFrame(rows)
 
 # %% ../nbs/62_slimming.ipynb #7cb545e3
-_POOLS = nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd
-
 def _published(module: nn.Module, output: Tensor) -> tuple[int, int]:
     "Operations and memory of one layer for one sample, by the formulas of the paper."
     if isinstance(module, nn.Conv2d):
@@ -287,7 +334,7 @@ def _published(module: nn.Module, output: Tensor) -> tuple[int, int]:
     if isinstance(module, nn.Linear):
         ins, outs = module.in_features, module.out_features
         return (2 * ins - 1) * outs + 2 * outs, ins * outs + outs
-    if isinstance(module, _POOLS):
+    if isinstance(module, nn.modules.pooling._MaxPoolNd | nn.modules.pooling._AvgPoolNd):
         return 4 * output[0].numel(), 0
     return (0, 2 * module.num_features) if isinstance(module, _NORMS) else (0, 0)
 

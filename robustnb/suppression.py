@@ -24,7 +24,7 @@ from .noises import named
 from .plots import curves, feature_maps
 from .probes import Probe
 from .results import Result
-from .stats import _ratio, bootstrap_mean
+from .stats import _ratio, _resampled_means, bootstrap_mean
 
 # %% ../nbs/61_suppression.ipynb #762eeb1f
 class _Moves(Accumulator):
@@ -156,10 +156,9 @@ def _of_network(found: Vulnerability, layers: Sequence[str] | None, level: float
 def _network_ends(data, name: str, p: int, level: float) -> dict[str, float]:
     "The mean form of a network with its interval: samples are redrawn for all layers at once."
     change = data['change'].sel(perturbation=name).values
-    value = _root(change.mean(0), p).mean()
-    slope = np.ones(change.shape[1]) if p == 1 else 0.5 / np.sqrt(np.maximum(change.mean(0), 1e-300))
-    low, high = bootstrap_mean(((change - change.mean(0)) * slope).mean(1), level)[1:]
-    return {'mean': value, 'low': value + low, 'high': value + high}
+    draws = _root(_resampled_means(change, 2000, 0), p).mean(1)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if len(change) > 1 else (np.nan, np.nan)
+    return {'mean': _root(change.mean(0), p).mean(), 'low': low, 'high': high}
 
 # %% ../nbs/61_suppression.ipynb #3784eb47
 def _of_features(found: Vulnerability, layer: str, perturbation: str | None, relative: bool) -> np.ndarray:
@@ -169,7 +168,8 @@ def _of_features(found: Vulnerability, layer: str, perturbation: str | None, rel
     if f'{layer} change' not in found.dataset:
         raise ValueError('this result was made with features=False, so it knows whole layers only')
     values = _root(found.dataset[f'{layer} change'].sel(perturbation=name).values, found.settings['p'])
-    return values / _root(found.dataset[f'{layer} clean'].values, found.settings['p']).mean() if relative else values
+    size = _root(found.dataset[f'{layer} clean'].values, found.settings['p']).mean()
+    return _ratio(values, np.broadcast_to(size, values.shape)) if relative else values
 
 def _top(found: Vulnerability, layer: str, n: int, perturbation: str | None):
     "The rows of `Vulnerability.top`."
@@ -286,7 +286,7 @@ _TERMS: Mapping[str, str | Measure] = {
 # %% ../nbs/61_suppression.ipynb #393c5934
 def suppress(
     weight: float = 1.0,  # lambda, from 0
-    form: str = 'mean',  # 'mean' (as coded), 'sum' (as in the paper) or 'relative' (does not depend on the scale)
+    form: str = 'mean',  # 'mean' (as coded), 'sum' (as in the paper) or 'relative' (each sample's change by its own size)
     where='activations',  # which layers, see `select`; the term is the mean over them
     warm_up: int = 0,  # steps over which the weight grows from 0
 ) -> LayerRegularizer:

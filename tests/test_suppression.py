@@ -249,3 +249,15 @@ def test_training_lowers_what_it_is_asked_to_lower(net, data):
         trained = fit(net, data, Adversarial(attack, regularizers=terms), **how).model
         found[weight] = vulnerability(trained, data, attack, **QUIET).network()['relative'].item()
     assert found[3.0] < 0.9 * found[0.0]
+
+
+def test_one_layer_has_the_interval_of_the_network(net):
+    x, y = torch.rand(40, 1, 8, 8), torch.zeros(40, dtype=torch.long)
+
+    def one_moves(model, x, y):
+        return torch.cat([1 - x[:1], x[1:]])
+
+    for p in (1, 2):
+        found = vulnerability(net, (x, y), one_moves, where='3', p=p, **QUIET)
+        row, whole = found.table().iloc[0], found.network().iloc[0]
+        assert row[['mean', 'low', 'high']].tolist() == pytest.approx(whole[['mean', 'low', 'high']].tolist(), rel=1e-9)
