@@ -792,7 +792,7 @@ there, seen, found = copy.deepcopy(net).to(pick_device('xla')), [], []
 for other in (net, there):
     found.append(relevance(other, (x, y), methods, ['stem', 'head'], by_class=True, batch_size=4, show_progress=False).dataset)
 apart = {name: float(abs(values - found[1][name]).max() / abs(values).max()) for name, values in found[0].data_vars.items()}
-for seed in (1, 2):
+for seed in (1, 2, 3, 4):
     relevance(there, (x, y), methods, ['stem', 'head'], batch_size=4, seed=seed, show_progress=False)
     seen.append(compile_count())
 print(json.dumps([apart, seen]))
@@ -806,7 +806,9 @@ def test_xla_equals_the_cpu_and_compiles_once(tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     apart, seen = json.loads(ran.stdout.splitlines()[-1])
     assert max(apart.values()) < 1e-4, apart
-    assert seen[0] == seen[1], f'compiled again for another seed: {seen}'
+    # On a busy machine something may still be on its way when a program is cut off, and makes one more of it, once. A program that
+    # knew its seed would be compiled for each of the seeds and methods.
+    assert seen[-1] - seen[0] <= 1, f'compiled again for another seed: {seen}'
 
 
 if __name__ == '__main__':
