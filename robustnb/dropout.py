@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .cuts import _traced
@@ -36,7 +35,7 @@ def _relaxed(a: Tensor, b: Tensor, rows: int, temperature: float) -> Tensor:
     v = torch.rand(rows, len(a), device=a.device, dtype=a.dtype).clamp(min=1e-10)
     log_pi = _log1mexp(torch.log(u) / b) / a
     logit_pi = log_pi - _log1mexp(log_pi)
-    return torch.sigmoid((torch.log(v) - torch.log1p(-v) + logit_pi) / temperature)
+    return torch.special.expit((torch.log(v) - torch.log1p(-v) + logit_pi) / temperature)
 
 # %% ../nbs/60_dropout.ipynb #e465dc6e
 _EULER = 0.5772156649015329
@@ -71,6 +70,10 @@ def _mean_keep(a: Tensor, b: Tensor) -> Tensor:
     return torch.exp(ratio + gamma - torch.log(_next_six(b + 1)).sum(0))  # and log gamma(b + 1)
 
 # %% ../nbs/60_dropout.ipynb #cc93fce9
+def _softplus(x: Tensor) -> Tensor:
+    "log(1 + exp(x)). `F.softplus` would count among the activations of the network."
+    return torch.logaddexp(x, torch.zeros_like(x))
+
 class _KeepProbabilities(nn.Module):
     "What is known about how often each unit is kept: Kumaraswamy distributions, whose parameters are learned."
 
@@ -84,7 +87,7 @@ class _KeepProbabilities(nn.Module):
     def ab(self) -> tuple[Tensor, Tensor]:
         "The two numbers of each unit, (units,) and (units,), above 0; at least in single precision."
         wide = torch.promote_types(self.a_raw.dtype, torch.float32)
-        return F.softplus(self.a_raw.to(wide).clamp(min=-10)), F.softplus(self.b_raw.to(wide).clamp(-10, 50))
+        return _softplus(self.a_raw.to(wide).clamp(min=-10)), _softplus(self.b_raw.to(wide).clamp(-10, 50))
 
     @property
     def keep(self) -> Tensor:
@@ -120,11 +123,17 @@ class BetaBernoulliDropout(_KeepProbabilities):
         self.temperature, self.dim = temperature, dim
         self.mode: str | None = None  # one of `MODES`; None: 'sample' in training, else 'mean'
         self.copies = 1  # parts of a batch that share their masks
+        self.held: Tensor | None = None  # the mask of evaluation, (1, units), where it is known already
 
     def mask(self, rows: int) -> Tensor:
         "The masks of so many samples in the present mode, (rows, units), or (1, units) where all have the same."
-        mode = self.mode or ('sample' if self.training else 'mean')
-        return _drawn(self, rows) if mode == 'sample' else _known_mask(self.keep, self.threshold, mode)[None]
+        if (self.mode or ('sample' if self.training else 'mean')) == 'sample':
+            return _drawn(self, rows)
+        return self.known() if self.held is None else self.held
+
+    def known(self) -> Tensor:
+        "The mask of evaluation, the same for all samples, (1, units)."
+        return _known_mask(self.keep, self.threshold, self.mode)[None]
 
     def forward(self, x: Tensor) -> Tensor:
         units, dim, shape = len(self.a_raw), self.dim, [1] * x.dim()
@@ -145,7 +154,7 @@ def _before_softplus(value: float) -> float:
     "The number whose softplus is `value`."
     return math.log(math.expm1(value))
 
-def _known_mask(keep: Tensor, threshold: float, mode: str) -> Tensor:
+def _known_mask(keep: Tensor, threshold: float, mode: str | None) -> Tensor:
     "The mask of evaluation: the keep-probability, or 1, where a unit stays."
     return torch.where(keep > threshold, torch.ones_like(keep) if mode == 'hard' else keep, torch.zeros_like(keep))
 

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'LayerRegularizer', 'adversarial_training', 'constant_shar
 
 # %% ../nbs/34_layerwise.ipynb #6876b706
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import inf
@@ -93,17 +93,17 @@ def _representations(model: nn.Module, where, *inputs: Tensor) -> list[dict[str,
     return found
 
 # %% ../nbs/34_layerwise.ipynb #3230bee8
-def _pair(regularizer: 'LayerRegularizer', model: nn.Module, x: Tensor, x_adv: Tensor) -> tuple[dict, dict]:
+def _pair(regularizer: 'LayerRegularizer', model: nn.Module, x: Tensor, x_adv: Tensor) -> Sequence[dict[str, Tensor]]:
     "The representations of clean and of attacked inputs, by layer."
     if regularizer.batch_norm == 'joint':
         both, = _representations(model, regularizer.where, torch.cat([x, x_adv.to(x)]))
-        halves = {name: _halves(name, rep, len(x)) for name, rep in both.items()}
-        clean, attacked = ({name: half[side] for name, half in halves.items()} for side in (0, 1))
-    else:
-        clean, attacked = _representations(model, regularizer.where, x, x_adv)
-    if regularizer.detach == 'clean':
-        clean = {name: rep.detach() for name, rep in clean.items()}
-    return clean, attacked
+        return _in_halves(both, len(x))
+    return _representations(model, regularizer.where, x, x_adv)
+
+def _in_halves(both: Mapping[str, Tensor], samples: int) -> Sequence[dict[str, Tensor]]:
+    "The representations of stacked inputs, those of the first half and those of the second."
+    halves = {name: _halves(name, rep, samples) for name, rep in both.items()}
+    return [{name: half[side] for name, half in halves.items()} for side in (0, 1)]
 
 def _halves(name: str, rep: Tensor, samples: int) -> Tensor:
     "A representation of stacked inputs as (2, batch, ...)."
@@ -169,11 +169,16 @@ class LayerRegularizer:
         "The weighted sum over the layers of the mean over the batch, a scalar."
         x = batch[0]  # the samples of a `Batch`, or of a pair (x, y)
         _check_inputs(x, x_adv)
-        clean, attacked = _pair(self, _inside(model), x, x_adv)
+        return self.between(*_pair(self, _inside(model), x, x_adv), step)
+
+    def between(self, clean: Mapping[str, Tensor], attacked: Mapping[str, Tensor], step: int) -> Tensor:
+        "The same for representations that are there already, by layer, each (batch, ...)."
+        if self.detach == 'clean':
+            clean = {name: rep.detach() for name, rep in clean.items()}
         measure, share = as_measure(self.measure), min(1.0, step / self.warm_up) if self.warm_up else 1.0
         weights = _weights(self.gamma, list(clean))
         share = share / len(clean) if self.average else share
-        with _full_precision(x):
+        with _full_precision(next(iter(clean.values()))):
             return sum(share * weights[name] * _damage(name, measure, clean[name], attacked[name]) for name in clean)
 
 # %% ../nbs/34_layerwise.ipynb #b4ad9c7d

@@ -303,3 +303,19 @@ def test_explorer_of_links(drive, root):
     page.tick('change')
     assert page.picture_size() == (600, 578)
     assert not page.errors()
+
+
+def test_explorer_of_thresholds(drive, root):
+    page = drive(root / 'nbs' / '67_thresholds.ipynb')
+    assert page.words().startswith('Threshold 0.001: ') and 'of 148 units stay' in page.words()
+    assert page.readout('threshold') == '0.001' and 'In relu1, PGD-5 moves features by' in page.words()
+
+    page.press('threshold', 'ARROW_RIGHT', times=3)
+    assert page.readout('threshold') == '0.01' and page.words().startswith('Threshold 0.01: ')
+    page.press('threshold', 'END')
+    assert page.readout('threshold') == '0.5' and page.words().startswith('Threshold 0.5: ')
+    maps = page.picture_size()
+    page.select('layer', 'relu3')
+    assert 'In relu3, PGD-5 moves features by' in page.words()
+    assert page.picture_size()[0] == maps[0] == 600 and page.picture_size() != maps
+    assert not page.errors()

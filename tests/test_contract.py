@@ -11,6 +11,7 @@ import inspect
 import pkgutil
 import random
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from robustnb import (
     amplification,
     attacks,
     attribution,
+    bayesian,
     blackbox,
     combinations,
     coverage,
@@ -42,6 +44,7 @@ from robustnb import (
     links,
     lrp,
     lsa,
+    magnitudes,
     masking,
     models,
     noises,
@@ -55,6 +58,7 @@ from robustnb import (
     suppression,
     surprise,
     synaptic,
+    thresholds,
     training,
     uncovered,
     voting,
@@ -242,9 +246,19 @@ def cases(p) -> dict:
         'links.explore': lambda m: links.explore(m, DATA, {'p': p}, thresholds=3, **quiet),
         'suppression.vulnerability': lambda m: suppression.vulnerability(m, DATA, {'p': p}, **quiet),
         'slimming.slim': lambda m: slimming.slim(m),
+        'slimming.slim_sums': slimmed_with_sums,
         'slimming.load_slimmed': saved_and_slimmed,
         'slimming.costs': lambda m: slimming.costs(m, X, repeats=1),
         'slimming.published_costs': lambda m: slimming.published_costs(m, X),
+        'magnitudes.weight_sparsity': lambda m: magnitudes.weight_sparsity(m),
+        'magnitudes.units_per_layer': lambda m: magnitudes.units_per_layer(m),
+        'magnitudes.prune_units': lambda m: magnitudes.prune_units(m, 0.9),
+        'bayesian.gaussian_weights': lambda m: bayesian.gaussian_weights(m),
+        **{f'bayesian.{name}': lambda m, use=use: with_gaussian_weights(m, use) for name, use in GAUSSIAN_USES.items()},
+        'thresholds.threshold_sweep': lambda m: with_masks(m, lambda masked: thresholds.threshold_sweep(
+            masked, DATA, [0.1, 0.8], {'p': p}, **quiet)),
+        'thresholds.explore': lambda m: with_masks(m, lambda masked: thresholds.explore(
+            masked, DATA, {'p': p}, [0.1, 0.8], before=m, **quiet)),
         'dropout.insert_masks': lambda m: dropout.insert_masks(m, X, where='0'),
         **{f'dropout.{name}': lambda m, use=use: with_masks(m, use) for name, use in MASK_USES.items()},
         'report.full_report': lambda m: report.full_report(m, DATA, attacks.PGD(steps=2), eps=[0.1], **quiet),
@@ -257,6 +271,8 @@ RUNS_NOTHING = {
     'blackbox.Transfer.__call__', 'attribution.Passes.__init__', 'attribution.unit_relevance', 'filters.pools',
     'filters.scoped_pools', 'selective.layer_masks', 'selective.band_masks', 'dropout.mask_kl', 'dropout.mask_groups',
     'dropout.kept_units', 'dropout.mask_mode', 'dropout.paired', 'slimming.slim', 'slimming.load_slimmed',
+    'magnitudes.weight_sparsity', 'magnitudes.units_per_layer', 'magnitudes.prune_units', 'bayesian.gaussian_weights',
+    'bayesian.weight_mode', 'bayesian.one_draw', 'bayesian.weight_kl', 'bayesian.mean_weights', 'bayesian.Ensemble.__init__',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
 }
@@ -281,11 +297,21 @@ BY_DESIGN = {
         f'layerwise.Refreshed.{method}': 'part of a step of training, on the model in training'
         for method in ('setup', 'loss', 'after_step')
     },
+    'bayesian.WeightPrior.__call__': 'a term of the loss, on the model in training',
+    **{
+        f'magnitudes.ADMM.{method}': 'part of a step of training, on the model in training'
+        for method in ('setup', 'loss', 'after_step')
+    },
     **{
         f'selective.Only.{method}': 'part of a step of training, on the model in training'
         for method in ('setup', 'loss', 'after_step')
     },
 }
+
+
+def slimmed_with_sums(model):
+    if find_spec('torch_pruning'):
+        slimming.slim_sums(model, X)
 
 
 def saved_and_slimmed(model):
@@ -316,6 +342,23 @@ def with_masks(model, use):
         before = snapshot(masked)
         use(masked)
         assert_untouched(before, masked)
+
+
+GAUSSIAN_USES = {
+    'weight_mode': in_a_block(bayesian.weight_mode, 'sample'), 'one_draw': in_a_block(bayesian.one_draw),
+    'weight_kl': bayesian.weight_kl, 'mean_weights': bayesian.mean_weights,
+    'Ensemble.__init__': lambda model: bayesian.Ensemble(model, 2).eval()(X),
+}  # fmt: skip
+
+
+def with_gaussian_weights(model, use):
+    "The copy with distributions is what has to come back as it was; what a draw in a block takes from chance is its own."
+    drawn = bayesian.gaussian_weights(model)
+    with guard.untouched(drawn), torch.random.fork_rng():
+        drawn.eval()
+        before = snapshot(drawn)
+        use(drawn)
+        assert_untouched(before, drawn)
 
 
 def guarded(model, p):

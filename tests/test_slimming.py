@@ -1,19 +1,20 @@
 """Slimmed networks compute what the full ones do, have the sizes that they should have, and cost what is counted by hand."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from masked_nets import NETS, Functional, Sum, mlp
 from torch import nn
 
-from robustnb.attacks import FGSM
+from robustnb.attacks import FGSM, PGD
 from robustnb.devices import seeded
 from robustnb.dropout import BetaBernoulliDropout, insert_masks, kept_units, mask_mode
 from robustnb.evaluation import evaluate
 from robustnb.guard import Normalized
 from robustnb.models import build, save
-from robustnb.slimming import costs, load_slimmed, published_costs, slim
+from robustnb.slimming import costs, load_slimmed, published_costs, slim, slim_sums
 
 
 def masks_of(model):
@@ -456,3 +457,172 @@ def test_a_wrapped_network_kept_in_a_file(tmp_path):
     save(small, tmp_path / 'net.safetensors')
     again = load_slimmed(Normalized(mlp(), [0.5], [0.5]), tmp_path / 'net.safetensors')
     assert torch.equal(again(x), small(x))
+
+
+def live(net, seed=0):
+    "The network in double precision, with normalisations that have seen data."
+    net = net.double().eval()
+    with seeded(seed), torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.running_mean.normal_(0, 0.3), module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 2), module.bias.normal_(0, 0.3)
+    return net
+
+
+def close(net, channels, *names):
+    "Set the rows of these modules to zero."
+    with torch.no_grad():
+        for name in names:
+            module = net.get_submodule(name)
+            module.weight[channels] = 0
+            if module.bias is not None:
+                module.bias[channels] = 0
+
+
+def sums(net, x):
+    "`slim_sums` of a network, which computes the same, and leaves the network as it was."
+    pytest.importorskip('torch_pruning')
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    small = slim_sums(net, x)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net(x), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    return small
+
+
+STAGE = 'layer2.0.conv2', 'layer2.0.bn2', 'layer2.0.shortcut.0', 'layer2.0.shortcut.1', 'layer2.1.conv2', 'layer2.1.bn2'
+
+
+@pytest.fixture
+def resnet():
+    "ResNet-18 with 8 to 64 channels, and images."
+    x = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return live(build('resnet18', 0, width=0.125)), x
+
+
+def test_channels_of_a_stage_go_together(resnet, tmp_path):
+    net, x = resnet
+    close(net, [1, 4, 5], *STAGE)
+    close(net, [0, 2], 'conv1', 'bn1', 'layer1.0.bn2', 'layer1.1.bn2')  # the convolutions of the blocks need not be zero
+    small = sums(net, x)
+    assert [small.layer2[b].conv2.out_channels for b in (0, 1)] == [13, 13]
+    assert [small.layer2[0].shortcut[0].out_channels, small.layer3[0].conv1.in_channels, small.bn1.num_features] == [13, 13, 6]
+    assert slim(net).layer2[0].conv2.out_channels == 16 and small.linear.in_features == 64
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    y = net(x).argmax(1)
+    table = evaluate({'full': net, 'small': small}, (x, y), PGD(8 / 255, steps=3), show_progress=False).table()
+    found = [table[table.model == name].accuracy.tolist() for name in ('full', 'small')]
+    assert found[0] == found[1]
+    save(small, tmp_path / 'net.safetensors')
+    again = load_slimmed(build('resnet18', 0, width=0.125).double(), tmp_path / 'net.safetensors')
+    with torch.no_grad():
+        assert torch.equal(again(x), small(x)) and repr(again) == repr(small)
+
+
+@pytest.mark.parametrize('left_out', ['layer2.0.bn2', 'layer2.0.shortcut.1', 'layer2.1.bn2'])
+def test_channels_that_one_member_makes_stay(resnet, left_out):
+    net, x = resnet
+    close(net, [1, 4, 5], *(name for name in STAGE if name != left_out))
+    assert sums(net, x).layer2[0].conv2.out_channels == 16
+
+
+def test_channels_that_nobody_reads_go(resnet):
+    net, x = resnet
+    with torch.no_grad():
+        for name in ('layer2.1.conv1', 'layer3.0.conv1', 'layer3.0.shortcut.0'):
+            net.get_submodule(name).weight[:, :4] = 0
+        net.layer3[0].conv1.weight[5, 3] = 1.0  # one is read by one
+    assert sums(net, x).layer2[1].conv2.out_channels == 13
+
+
+def test_one_mask_for_a_stage(resnet):
+    net, x = resnet
+    masked = insert_masks(net, x, where=['layer2.*.bn2', 'layer2.0.shortcut.1', 'layer3.0.relu1'])
+    shared = masked.layer2[0].bn2.mask
+    masked.layer2[1].bn2.mask = masked.layer2[0].shortcut[1].mask = shared
+    assert len(masks_of(masked)) == 2
+    with torch.no_grad():
+        shared.a_raw[:] = torch.linspace(-2, 3, 16)
+        shared.a_raw[::2] = -9
+    small = sums(masked.eval(), x)
+    assert small.layer2[1].conv2.out_channels == 8 and not masks_of(small)
+
+
+def test_everything_closed_leaves_one_channel(resnet):
+    net, x = resnet
+    close(net, range(16), *STAGE)
+    assert sums(net, x).layer2[0].conv2.out_channels == 1
+
+
+def test_parameters_that_do_not_learn(resnet):
+    net, x = resnet
+    close(net, [1, 4, 5], *STAGE)
+    net.conv1.requires_grad_(False)
+    small = sums(net, x)
+    assert [name for name, p in small.named_parameters() if not p.requires_grad] == ['conv1.weight']
+    wrapped = Normalized(net, [0.5] * 3, [0.5] * 3)
+    assert sums(wrapped, x).model.layer2[1].conv2.out_channels == 13
+
+
+class Scaled(nn.Module):
+    "Sums before a normalisation, channels side by side, and a depthwise convolution."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 6), conv(6, 6), conv(6, 4)
+        self.norm, self.deep = nn.BatchNorm2d(6), conv(10, 10, groups=10, bias=False)
+        self.point, self.fc = nn.Conv2d(10, 5, 1), nn.Linear(20, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = self.norm(x + self.b(x)).relu()
+        x = self.point(self.deep(torch.cat([x, self.c(x)], 1)).relu())
+        return self.fc(nn.functional.adaptive_avg_pool2d(x + x, 2).flatten(1))
+
+
+def test_concatenation_depthwise_and_flattening(tmp_path):
+    with seeded(0):
+        net, x = live(Scaled()), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    close(net, [0, 5], 'a', 'b')  # zero, but not behind the normalisation
+    assert sums(net, x).a.out_channels == 6
+    close(net, [0, 5, 2], 'norm')  # `b` reads channel 2 before it is closed
+    close(net, [1], 'c')
+    close(net, [3], 'point')
+    small = sums(net, x)
+    assert [small.a.out_channels, small.b.in_channels, small.c.in_channels, small.c.out_channels] == [4, 4, 4, 3]
+    assert [small.deep.groups, small.point.in_channels, small.point.out_channels, small.fc.in_features] == [7, 7, 4, 16]
+    save(small, tmp_path / 'net.safetensors')
+    again = load_slimmed(Scaled().double(), tmp_path / 'net.safetensors')
+    assert torch.equal(again(x), small(x)) and repr(again) == repr(small)
+
+
+HELD = {
+    'softmax over channels': lambda m, x: m.c((m.a(x) + m.b(x)).softmax(1)),
+    'a mean over channels': lambda m, x: m.c(h := m.a(x) + m.b(x)) + h.mean(1, keepdim=True),
+    'a sum with the image': lambda m, x: m.c(m.a(x) + m.b(x) + x),
+    'one more': lambda m, x: m.c(m.a(x) + m.b(x) + 1),
+    'a product': lambda m, x: m.c((m.a(x) + m.b(x)) * m.e(x)),
+    'groups': lambda m, x: m.c(m.d(m.a(x) + m.b(x))),
+    'an output': lambda m, x: m.a(x) + m.b(x),
+    'shuffled': lambda m, x: m.c((m.a(x) + m.b(x)).unflatten(1, (2, 3)).transpose(1, 2).flatten(1, 2)),
+    'sliced': lambda m, x: m.f((m.a(x) + m.b(x))[:, :4]),
+    'twice the same weights': lambda m, x: m.c(m.b(m.a(x) + m.b(x))),
+    'layer normalisation': lambda m, x: m.c(nn.functional.layer_norm(m.a(x) + m.b(x), (6, 5, 5))),
+    'a size as a number': lambda m, x: m.c(h := m.a(x) + m.b(x)) / h.size(1),
+}
+
+
+@pytest.mark.parametrize('name', HELD)
+def test_what_is_held_stays(name):
+    with seeded(0):
+        parts = {'a': conv(6, 6), 'b': conv(6, 6), 'c': conv(6, 3), 'd': conv(6, 6, groups=2), 'e': conv(6, 6), 'f': conv(4, 3)}
+        net, x = live(Odd(HELD[name], **parts)), torch.rand(3, 6, 5, 5, dtype=torch.float64)
+    close(net, [0, 3], 'a', 'b')
+    assert sums(net, x).a.out_channels == 6
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch_pruning', None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install robustnb\[prune\]'):
+        slim_sums(mlp(), torch.rand(2, 1, 8, 8))
