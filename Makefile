@@ -22,7 +22,7 @@ TORCH_INDEX ?=
 ARGS ?=
 # Processes that share out the tests, each with one core and up to 2 GB. WORKERS=0: none but pytest's own, as a debugger needs it.
 WORKERS ?= 2
-BENCHES ?= attacks lsa coverage idc synaptic
+BENCHES ?= attacks lsa coverage idc synaptic pruning
 NB ?=
 
 SHELL := /bin/sh
@@ -90,11 +90,11 @@ parity: bench-env  ## attacks, layer analysis and coverage give the same numbers
 		--durations=5 $(ARGS)
 
 .PHONY: experiments
-experiments: $(DEV)  ## train and judge again what nbs/experiments shows: an hour on two cores; ROBUSTNB_DATA names the folder of MNIST
-	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb nbs/experiments/layerwise_training.ipynb nbs/experiments/coverage_of_suites.ipynb nbs/experiments/which_units_matter.ipynb nbs/experiments/fragile_links.ipynb
+experiments: $(DEV)  ## train and judge again what nbs/experiments shows: two hours on two cores; ROBUSTNB_DATA names the folder of MNIST
+	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb nbs/experiments/layerwise_training.ipynb nbs/experiments/coverage_of_suites.ipynb nbs/experiments/which_units_matter.ipynb nbs/experiments/fragile_links.ipynb nbs/experiments/adversarial_pruning.ipynb
 
 .PHONY: bench
-bench: bench-env  ## how long attacks, layer analysis, coverage, importance and synaptic filters take, here and in other libraries; BENCHES=lsa ARGS='--rounds 3' picks
+bench: bench-env  ## how long attacks, layer analysis, coverage, importance, synaptic filters and pruning take, here and in other libraries; BENCHES=lsa ARGS='--rounds 3' picks
 	@for name in $(BENCHES); do $(BENCH_VENV)/bin/python tests/bench/$$name.py $(ARGS) || exit; done
 
 # An environment of its own: torchattacks holds requests at a version of 2021, which nothing else here should have to live with.

@@ -6,29 +6,32 @@
 __all__ = ['stronger', 'judge', 'sizes', 'Comparison', 'compare', 'published']
 
 # %% ../nbs/68_anpvs.ipynb #e7ea11c7
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from .attacks import APGD, PGD, WorstOf
-from .data import batches, bounds_of
+from .data import batches, bounds_of, size_of
 from .devices import device_of, progress
 from .evaluation import _right
 from .guard import match_dtype, untouched
 from .magnitudes import units_per_layer, weight_sparsity
 from .models import save
 from .noises import Perturbation, _without_address, named, perturb
-from .plans import METHODS, PLANS, Plan, _fitted, train_method
+from .plans import DEFENCES, PLANS, Plan, _fitted, train_method
 from .plots import color_of, figure, style
 from .pruning import Collapse
-from .results import Result
+from .results import Result, task_key
 from .slimming import _operations, load_slimmed, published_costs
 from .stats import bootstrap_mean, mean_of_runs
 from .suppression import _Collected
@@ -57,16 +60,20 @@ def judge(
     batch_size: int = 250,  # images per forward pass
 ) -> dict:  # 'right': attack -> (images,) bool; the vulnerability under each: 'V white box', 'V relative white box', ...
     "What is left of a network under attack, image by image, and how far its features move."
+    if x_black is not None:
+        _check_black(x_black, size_of(test))
     bounds = bounds_of(test)
-    white, worst = named([_published_attack(plan), stronger(plan) if worst is None else worst], bounds).values()
+    attacks = named({'white box': _published_attack(plan), 'worst': stronger(plan) if worst is None else worst}, bounds)
     found, moved = {'clean': [], 'white box': [], 'worst': []}, _Collected(1, False)
     for x, y, ids in batches(test, batch_size, device_of(model)):
-        x_adv = perturb(white, model, x, y, ids, bounds)
+        x_adv = perturb(attacks['white box'], model, x, y, ids, bounds)
         right = {'clean': _right(model, x, y), 'white box': _right(model, x_adv, y)}
-        right['worst'] = _left(model, worst, x, y, ids, bounds, right['clean'] & right['white box'])
+        right['worst'] = _left(model, attacks['worst'], x, y, ids, bounds, right['clean'] & right['white box'])
         for name, rows in right.items():
             found[name].append(rows.cpu())
         moved.add(model, [x, x_adv], 'activations', max(1, batch_size // 2), ids)
+    if not found['clean']:
+        raise ValueError('the test data are empty, so there is nothing to judge')
     verdict = {'right': {name: torch.cat(rows).numpy() for name, rows in found.items()}} | _moves(moved, 'white box')
     return verdict if x_black is None else _with_black_box(verdict, model, test, x_black, batch_size)
 
@@ -83,19 +90,38 @@ def _left(model: nn.Module, attack, x: Tensor, y: Tensor, ids: Tensor, bounds, s
     x_adv = perturb(attack, model, x[rows], y[rows], ids[rows], bounds)
     return standing.index_copy(0, rows, _right(model, x_adv, y[rows]))
 
+# %% ../nbs/68_anpvs.ipynb #f865abb9
 def _moves(moved: _Collected, name: str) -> dict[str, float]:
     "The vulnerability of a network under one attack, in two forms."
     row = moved.result([name], {'p': 1}).network().iloc[0]
     return {f'V {name}': float(row['mean']), f'V relative {name}': float(row['relative'])}
 
+# %% ../nbs/68_anpvs.ipynb #0569b849
+def _check_black(x_black: Tensor, images: int | None, x: Tensor | None = None) -> None:
+    "An error for images of a black box that are not those of the data, attacked."
+    if x is not None or images not in (None, len(x_black)):
+        shape = '' if x is None else f' of shape {tuple(x.shape[1:])}'
+        raise ValueError(f'x_black is {tuple(x_black.shape)}, and the data have {images} images{shape}: it needs each of them, '
+                         'attacked, in their order; and data that can be walked over again, which a generator cannot')
+
+# %% ../nbs/68_anpvs.ipynb #90158daa
+def _check_order(test) -> None:
+    "An error for a loader that shuffles: images that were attacked elsewhere belong to those of the same place."
+    if isinstance(getattr(test, 'sampler', None), RandomSampler | WeightedRandomSampler):
+        raise ValueError('this loader of test images shuffles them; judge by one that keeps their order, shuffle=False')
+
 def _with_black_box(verdict: Mapping, model: nn.Module, test, x_black: Tensor, batch_size: int = 250) -> dict:
     "A judgement, and what the images of a black box add to it."
+    _check_order(test)
     found, moved, first = [], _Collected(1, False), 0
     for x, y, ids in batches(test, batch_size, device_of(model)):
         x_adv = x_black[first:first + len(x)].to(x)
+        first += len(x)
+        if x_adv.shape != x.shape:
+            _check_black(x_black, first, x)
         found.append(_right(model, x_adv, y).cpu())
         moved.add(model, [x, x_adv], 'activations', max(1, batch_size // 2), ids)
-        first += len(x)
+    _check_black(x_black, first)
     black = torch.cat(found).numpy()
     right = verdict['right'] | {'black box': black, 'worst': verdict['right']['worst'] & black}
     return {**verdict, 'right': right} | _moves(moved, 'black box')
@@ -112,11 +138,15 @@ def sizes(
     units = [sum(units_per_layer(net).values()) for net in both]
     paper, operations = [published_costs(net, example) for net in both], [_counted(net, example) for net in both]
     zeros = weight_sparsity(model).iloc[-1]
-    return {'parameters': parameters[0] / parameters[1], 'operations': operations[0] / operations[1],
-            'unit sparsity': 1 - units[0] / units[1], 'weight sparsity': float(zeros['sparsity']),
-            'memory': paper[0].memory / paper[1].memory, 'FLOPs x': paper[1].flops / paper[0].flops}
+    return {'parameters': _of(*parameters), 'operations': _of(*operations), 'unit sparsity': 1 - _of(*units),
+            'weight sparsity': float(zeros['sparsity']), 'memory': _of(paper[0].memory, paper[1].memory),
+            'FLOPs x': _of(paper[1].flops, paper[0].flops)}
 
 # %% ../nbs/68_anpvs.ipynb #014bac21
+def _of(part: int, whole: int) -> float:
+    "A share of something; all of it where there is nothing, such as units in a network of one layer."
+    return part / whole if whole else 1.0 if part == 0 else math.nan
+
 def _counted(net: nn.Module, example: Tensor) -> int:
     "Operations of a forward pass."
     with untouched(net), torch.no_grad():
@@ -168,6 +198,7 @@ def _each_run(found: Comparison):
             rows.append({'method': method, 'seed': seed} | right | more | {'collapsed': why})
     return pd.DataFrame(rows)
 
+# %% ../nbs/68_anpvs.ipynb #a3580cb1
 def _means(found: Comparison):
     "The rows of `Comparison.table`."
     runs = found.runs()
@@ -211,6 +242,7 @@ def _paired(found: Comparison, a: str, b: str, attack: str, level: float):
     return pd.DataFrame([*rows, {'seed': 'all'} | _interval(gaps.mean(0), level) | {'low over seeds': runs.low,
                                                                                  'high over seeds': runs.high}])
 
+# %% ../nbs/68_anpvs.ipynb #77f78ae4
 def _interval(values: np.ndarray, level: float) -> dict[str, float]:
     "A mean over images with its interval."
     found = bootstrap_mean(values, level)
@@ -254,11 +286,14 @@ def compare(
     show_progress: bool = True,  # a bar over the trainings
 ) -> Comparison:
     "Train and judge each method with each seed."
-    plan, seeds, arms = _plan(plan), [int(seed) for seed in seeds], _arms(methods)
+    plan, seeds = _plan(plan), _seeds(seeds)
+    arms = _arms(methods, plan)
     others = [max(seeds) + 1] if source is None and not isinstance(model, nn.Module) else []
     how = {'jobs': jobs, 'threads': None if jobs in (None, 1) else 1, 'show_progress': show_progress}
+    named({'worst': stronger(plan) if worst is None else worst})  # an error comes now, and not after hours
+    _check_order(test)
     with _kept(folder) as kept:
-        about = {'model': model, 'train': train, 'plan': plan, 'folder': str(kept)}
+        about = {'model': model, 'train': train, 'plan': plan, 'folder': _Folder(kept)}
         _swept(partial(_begun, **about), [{'seed': seed} for seed in [*seeds, *others]], kept / 'starts.jsonl', **how)
         one, runs = partial(_one, test=test, worst=worst, **about), {}
         for later in (False, True):  # those that follow another one come when that is done
@@ -278,22 +313,60 @@ def _plan(plan: Plan | str) -> Plan:
     "A plan, or the one of this name."
     if isinstance(plan, str) and plan not in PLANS:
         raise KeyError(f'no plan {plan!r}; there are {", ".join(PLANS)}')
+    if not isinstance(plan, str | Plan):
+        raise TypeError(f'plan is a Plan, or a name in PLANS; got {plan!r}')
     return PLANS[plan] if isinstance(plan, str) else plan
 
-def _arms(methods: Sequence[str] | Mapping) -> dict[str, tuple[str, dict]]:
+# %% ../nbs/68_anpvs.ipynb #e894a841
+def _seeds(seeds: Iterable[int]) -> list[int]:
+    "The seeds, if each is a whole number and none is there twice."
+    found = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    whole = all(isinstance(seed, Integral) and not isinstance(seed, bool) for seed in found)
+    if not isinstance(seeds, Iterable) or not found or not whole or len({*found}) < len(found):
+        raise ValueError(f'seeds are whole numbers, one or several, each once, such as range(3); got {seeds!r}')
+    return [int(seed) for seed in found]
+
+# %% ../nbs/68_anpvs.ipynb #9b011f2c
+def _arms(methods: Sequence[str] | Mapping, plan: Plan) -> dict[str, tuple[str, dict]]:
     "Label -> method and changes of the plan; pruning by magnitude follows the network it is compared with."
     if not isinstance(methods, Mapping):
-        methods = {name: name for name in ([methods] if isinstance(methods, str) else methods)}
-    found = {label: (one, {}) if isinstance(one, str) else (one[0], dict(one[1])) for label, one in methods.items()}
-    for label, (name, changes) in found.items():
-        if name not in METHODS:
-            raise KeyError(f'no method {name!r}; there are {", ".join(METHODS)}')
-        if strange := changes.keys() - Plan.__dataclass_fields__.keys():
-            raise ValueError(f'{label}: a plan has no {min(strange)!r}; there are {", ".join(Plan.__dataclass_fields__)}')
+        names = [methods] if isinstance(methods, str) else list(methods)
+        methods = {name: name for name in names}
+        if len(methods) < len(names):
+            raise ValueError(f'a method is there twice in {names}; a dictionary label -> (name, changes) tells them apart')
+    if not methods:
+        raise ValueError(f'methods are empty, so there is nothing to compare; there are {", ".join(DEFENCES)}')
+    found = {label: _arm(label, one, plan) for label, one in methods.items()}
+    for name, changes in found.values():
         if name == 'AT + magnitude' and 'ANP-VS' in found:
             changes.setdefault('parameters', 'ANP-VS')
+    for label, (_, changes) in found.items():
+        leader = changes.get('parameters')
+        if _follows(changes) and (leader not in found or _follows(found[leader][1])):
+            raise ValueError(f'{label} is to get as many parameters as {leader!r}, which is no other method here that has a '
+                             f'number of its own; there are {", ".join(found)}')
     return found
 
+# %% ../nbs/68_anpvs.ipynb #647ac910
+_SHARED = {'warm', 'judge_steps', 'judge_step'}  # of all methods, whatever one of them changes
+
+def _arm(label: str, one, plan: Plan) -> tuple[str, dict]:
+    "Method and changes of the plan of one arm, if they mean something."
+    name, changes = (one, {}) if isinstance(one, str) else one if isinstance(one, tuple | list) and len(one) == 2 else ('', None)
+    if not isinstance(label, str) or label in ('', _SOURCE):
+        raise ValueError(f'a label is a word other than {_SOURCE!r}, got {label!r}')
+    if not isinstance(changes, Mapping):
+        raise TypeError(f'{label}: a method is a name, or a pair such as ("ANP-VS", {{"beta": 4.0}}); got {one!r}')
+    if name not in DEFENCES:
+        raise KeyError(f'no method {name!r}; there are {", ".join(DEFENCES)}')
+    if strange := changes.keys() - Plan.__dataclass_fields__.keys():
+        raise ValueError(f'{label}: a plan has no {min(strange)!r}; there are {", ".join(Plan.__dataclass_fields__)}')
+    if shared := changes.keys() & _SHARED:
+        raise ValueError(f'{label}: {min(shared)} is of the start and of the judge, which all methods share; change it in plan=')
+    replace(plan, **{key: value for key, value in changes.items() if not _follows({key: value})})  # errors come now
+    return name, dict(changes)
+
+# %% ../nbs/68_anpvs.ipynb #70cdcf0c
 def _follows(changes: Mapping) -> bool:
     "Whether an arm waits for another one."
     return isinstance(changes.get('parameters'), str)
@@ -306,13 +379,13 @@ def _followed(changes: dict, runs: Mapping, seed: int) -> dict:
     own = {key: value for key, value in changes.items() if key != 'parameters'}
     return own if 'collapsed' in values else own | {'parameters': values['parameters']}
 
-# %% ../nbs/68_anpvs.ipynb #e894a841
-def _begun(seed: int, model, train, plan: Plan, folder: str) -> dict:
+# %% ../nbs/68_anpvs.ipynb #e03ad99f
+def _begun(seed: int, model, train, plan: Plan, folder: Path) -> dict:
     "Make the start of a seed, if there is none yet."
     _start(seed, model, train, plan, folder)
     return {}
 
-def _start(seed: int, model, train, plan: Plan, folder: str) -> nn.Module:
+def _start(seed: int, model, train, plan: Plan, folder: Path) -> nn.Module:
     "Where the methods of a seed start; the checkpoint of its training remembers it."
     if isinstance(model, nn.Module):
         return model
@@ -322,7 +395,8 @@ def _start(seed: int, model, train, plan: Plan, folder: str) -> nn.Module:
     return _fitted(net, train, Standard(augment=plan.augment), plan.warm, plan, seed, Path(folder) / f'start-{seed}.safetensors',
                    'constant', show_progress=False).model
 
-def _one(label: str, method: str, seed: int, changes: dict, model, train, test, plan: Plan, worst, folder: str) -> dict:
+# %% ../nbs/68_anpvs.ipynb #a0cafb74
+def _one(label: str, method: str, seed: int, changes: dict, model, train, test, plan: Plan, worst, folder: Path) -> dict:
     "Train and judge one method with one seed."
     start, stem = _start(seed, model, train, plan, folder), _stem(Path(folder), label, seed)
     found = train_method(method, start, train, replace(plan, **changes), seed, f'{stem}.safetensors', show_progress=False)
@@ -331,19 +405,23 @@ def _one(label: str, method: str, seed: int, changes: dict, model, train, test, 
     save(found.model, f'{stem}-net.safetensors')
     if label == _SOURCE:
         return {}
+    took = {'seconds of training': sum(entry['seconds'] for entry in found.history)}
     verdict = judge(found.model, test, plan, worst)
-    return verdict.pop('right') | verdict | sizes(found.model, start, next(iter(batches(test, 1, device_of(start)))).x)
+    return verdict.pop('right') | verdict | took | sizes(found.model, start, next(iter(batches(test, 1, device_of(start)))).x)
 
+# %% ../nbs/68_anpvs.ipynb #061ec2e0
 def _stem(folder: Path, label: str, seed: int) -> Path:
-    "Where the files of a run begin; a label may hold what a file name may not."
-    return folder / f'{"".join(c if c.isalnum() or c in "-+. " else "_" for c in label)}-{seed}'
+    "Where the files of a run begin; a label may hold what a file name may not, and differ from another in that alone."
+    words = ''.join(c if c.isascii() and (c.isalnum() or c in '-+. ') else '_' for c in label[:60])
+    known = words == label and label in (*DEFENCES, _SOURCE)
+    return folder / (f'{label}-{seed}' if known else f'{words}-{task_key({"label": label})[:8]}-{seed}')
 
 def _network(folder: Path, label: str, seed: int, model) -> nn.Module:
     "The network that a run has left."
     dense = model if isinstance(model, nn.Module) else model(seed)
     return load_slimmed(dense, f'{_stem(folder, label, seed)}-net.safetensors')
 
-# %% ../nbs/68_anpvs.ipynb #9b011f2c
+# %% ../nbs/68_anpvs.ipynb #c2dbb047
 @contextmanager
 def _kept(folder: str | Path | None) -> Iterator[Path]:
     "A folder, or one that is removed afterwards."
@@ -354,6 +432,20 @@ def _kept(folder: str | Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix='robustnb-') as kept:
         yield Path(kept)
 
+# %% ../nbs/68_anpvs.ipynb #e95a6a82
+class _Folder:
+    "Where the files of a comparison are: no part of what a run is, so that a folder may be moved."
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return 'folder'
+
+# %% ../nbs/68_anpvs.ipynb #b9480ca8
 def _swept(function: Callable, tasks: list[dict], records: Path, **how) -> Sweep:
     "The tasks, done; or KeyboardInterrupt if that was interrupted: part of a comparison is none."
     found = sweep(function, tasks, records, **how)
@@ -361,11 +453,13 @@ def _swept(function: Callable, tasks: list[dict], records: Path, **how) -> Sweep
         raise KeyboardInterrupt
     return found
 
+# %% ../nbs/68_anpvs.ipynb #c5d3c2ed
 def _done(found: Sweep) -> dict[tuple[str, int], tuple[dict, dict]]:
     "(label, seed) -> the numbers and the arrays of a run."
     return {(task['label'], task['seed']): (values, found.arrays(**task))
             for task, values in zip(found.tasks, found.values, strict=True)}
 
+# %% ../nbs/68_anpvs.ipynb #ba8bb7b4
 def _blackened(runs: Mapping, source: nn.Module, model, test, plan: Plan, folder: Path, show_progress: bool) -> dict:
     "The runs, with what each network does with images that were attacked on another one."
     attack, bounds = named(_published_attack(plan), bounds_of(test)), bounds_of(test)
@@ -379,7 +473,7 @@ def _blackened(runs: Mapping, source: nn.Module, model, test, plan: Plan, folder
         found[label, seed] = values, right
     return found
 
-# %% ../nbs/68_anpvs.ipynb #70cdcf0c
+# %% ../nbs/68_anpvs.ipynb #047080cb
 _RIGHT = 'clean', 'black box', 'white box', 'worst'
 
 def _comparison(runs: Mapping, arms: Mapping, seeds: Sequence[int], plan: Plan, test) -> Comparison:
@@ -402,6 +496,7 @@ def _comparison(runs: Mapping, arms: Mapping, seeds: Sequence[int], plan: Plan, 
     return Comparison(data, {'plan': _plain_words(plan), 'collapsed': collapsed,
                              'methods': {label: [name, changes] for label, (name, changes) in arms.items()}})
 
+# %% ../nbs/68_anpvs.ipynb #6485c9b0
 def _plain_words(plan: Plan) -> dict:
     "The settings of a plan for a result."
     return {name: value if isinstance(value, int | float | str | None) else _without_address(value)

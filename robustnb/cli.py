@@ -94,7 +94,11 @@ EXAMPLES: dict[str, dict] = {  # study -> arguments that are small enough for a 
     'fragility': {'attacks': ['FGSM', {'attack': 'PGD', 'steps': 10}], 'calibrate_to': 0.5, 'thresholds': 11,
                   'filters': ['high', 'low', {'filter': 'random', 'like': 'low'}], 'inits': None, 'epochs': 10, 'every': 5,
                   'training': {'batch_size': 32}},
+    'adversarial_pruning': {'methods': {'AT': 'AT', 'ANP-VS': 'ANP-VS', 'ANP-VS, price 2': ['ANP-VS', {'beta': 2.0}]},
+                            'plan': 'mnist', 'changes': {'eps': 0.1, 'steps': 2, 'epochs': 4, 'tune': 1, 'batch_size': 16,
+                                                         'mask_lr': 0.5, 'judge_steps': 10}, 'seeds': 1, 'inits': None},
 }
+_FOLDERS = {'fragility': 'snapshots', 'adversarial_pruning': 'trainings'}  # where a study keeps what it trains, below the results
 
 def example(
     study: str,  # a name of `STUDIES`
@@ -236,7 +240,7 @@ def run_study(
     if 'records' in parameters and out is not None:
         arguments.setdefault('records', str(out / f'{study}-records.jsonl'))
     if 'folder' in parameters and out is not None:
-        arguments.setdefault('folder', str(out / 'snapshots'))
+        arguments.setdefault('folder', str(out / _FOLDERS[study]))
     log.info('%s: %s on %s, %d images to learn from, %d to test', study, config['model']['name'], about['name'],
              len(train), len(test))
     result = STUDIES[study](model, train, test, **arguments, show_progress=show_progress)
@@ -257,11 +261,12 @@ def _plain_rows(table) -> list[dict]:
     def plain(value):
         value = value.item() if isinstance(value, np.generic) else value
         return None if isinstance(value, float) and not math.isfinite(value) else value
+    table = table if table.index.name is None else table.reset_index()
     return [{name: plain(value) for name, value in row.items()} for row in table.to_dict('records')]
 
 def _keep(study: str, result: Result, about: dict, out: Path) -> None:
     "Write a result: the numbers in JSON, the whole of it, and its figure."
-    names = 'table', 'attacks', 'published', 'totals', 'agreement'
+    names = 'table', 'attacks', 'published', 'totals', 'agreement', 'runs', 'as_published'
     tables = {name: _plain_rows(getattr(result, name)()) for name in names if hasattr(result, name)}
     content = about | {'versions': provenance(), 'settings': result.settings} | tables
     _write(out / f'{study}.json', (json.dumps(content, indent=1, default=str) + '\n').encode())

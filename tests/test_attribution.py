@@ -806,8 +806,8 @@ def test_xla_equals_the_cpu_and_compiles_once(tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     apart, seen = json.loads(ran.stdout.splitlines()[-1])
     assert max(apart.values()) < 1e-4, apart
-    # On a busy machine something may still be on its way when a program is cut off, and makes one more of it, once. A program that
-    # knew its seed would be compiled for each of the seeds and methods.
+    # On a busy machine something may still be on its way when a program is cut off, and makes one more of it, once. A program
+    # that knew its seed would be compiled for each of the seeds and methods.
     assert seen[-1] - seen[0] <= 1, f'compiled again for another seed: {seen}'
 
 

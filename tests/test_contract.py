@@ -24,6 +24,7 @@ import robustnb
 from robustnb import (
     adapters,
     amplification,
+    anpvs,
     attacks,
     attribution,
     bayesian,
@@ -49,7 +50,9 @@ from robustnb import (
     models,
     noises,
     paths,
+    plans,
     probes,
+    pruning,
     report,
     selective,
     slimming,
@@ -196,6 +199,7 @@ def cases(p) -> dict:
         'evaluation.accuracy': lambda m: evaluation.accuracy(m, DATA),
         'evaluation.evaluate': lambda m: evaluation.evaluate(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'training.attacked': lambda m: training.attacked(p, m, Batch(X, Y, torch.arange(6)), 0),
+        'training.Ramped.__call__': lambda m: training.Ramped(attacks.FGSM(0.05), 2)(m, X, Y),
         'training.fit': lambda m: training.fit(m, DATA, training.Adversarial(p), epochs=2, valid=DATA, **quiet),
         'lsa.layer_sustainability': lambda m: lsa.layer_sustainability(m, DATA, {'PGD': noisy, 'p': p}, **quiet),
         'lsa.compare': lambda m: lsa.compare(m, X, X.flip(0)),
@@ -231,6 +235,8 @@ def cases(p) -> dict:
         'studies.correlation': lambda m: studies.correlation(m, DATA, DATA, ['NC'], [2], 4, {'p': p}, **quiet),
         'studies.overhead': lambda m: studies.overhead(m, DATA, DATA, ['NC'], **quiet),
         'studies.fragility': lambda m: studies.fragility(m, DATA, DATA, attacks.FGSM(0.05), ['high'], 3, **quiet),
+        'studies.adversarial_pruning': lambda m: studies.adversarial_pruning(
+            m, DATA, DATA, 'ANP-VS', changes={'eps': 0.1, 'steps': 1, 'epochs': 2, 'tune': 1, 'judge_steps': 2}, **quiet),
         'fuzzing.fuzz': lambda m: fuzzing.fuzz(m, DATA, X, budget=10, generation=5, **quiet),
         'fuzzing.versus_luck': lambda m: fuzzing.versus_luck(m, DATA, X, 'NLC', ['gain', 'all'], 1, 0, 5, generation=5, **quiet),
         'cuts.Cuts.__init__': cut_everywhere,
@@ -255,6 +261,11 @@ def cases(p) -> dict:
         'magnitudes.prune_units': lambda m: magnitudes.prune_units(m, 0.9),
         'bayesian.gaussian_weights': lambda m: bayesian.gaussian_weights(m),
         **{f'bayesian.{name}': lambda m, use=use: with_gaussian_weights(m, use) for name, use in GAUSSIAN_USES.items()},
+        **{f'pruning.{name}': lambda m, use=use: with_masks(m, use) for name, use in PRUNING_USES.items()},
+        'plans.published_cifar_attack': lambda m: plans.published_cifar_attack(m, X, Y, steps=2),
+        'anpvs.judge': lambda m: anpvs.judge(m, DATA, BRIEF, p, X.flip(-1)),
+        'anpvs.sizes': lambda m: [anpvs.sizes(m, copy.deepcopy(m), X[:1]), anpvs.sizes(copy.deepcopy(m), m, X[:1])],
+        'anpvs.compare': lambda m: anpvs.compare(m, DATA, DATA, ('AT', 'ANP-VS'), BRIEF, worst=noisy, source=m, **quiet),
         'thresholds.threshold_sweep': lambda m: with_masks(m, lambda masked: thresholds.threshold_sweep(
             masked, DATA, [0.1, 0.8], {'p': p}, **quiet)),
         'thresholds.explore': lambda m: with_masks(m, lambda masked: thresholds.explore(
@@ -272,6 +283,7 @@ RUNS_NOTHING = {
     'filters.scoped_pools', 'selective.layer_masks', 'selective.band_masks', 'dropout.mask_kl', 'dropout.mask_groups',
     'dropout.kept_units', 'dropout.mask_mode', 'dropout.paired', 'slimming.slim', 'slimming.load_slimmed',
     'magnitudes.weight_sparsity', 'magnitudes.units_per_layer', 'magnitudes.prune_units', 'bayesian.gaussian_weights',
+    'pruning.dead_layers', 'pruning.BayesianPruning.groups', 'pruning.AdversarialPruning.groups', 'pruning.Balanced.groups',
     'bayesian.weight_mode', 'bayesian.one_draw', 'bayesian.weight_kl', 'bayesian.mean_weights', 'bayesian.Ensemble.__init__',
     *(f'noises.{noise}.__call__' for noise in
       ('Gaussian', 'Uniform', 'Speckle', 'Salt', 'Pepper', 'SaltPepper', 'Poisson', 'Blur')),
@@ -285,13 +297,15 @@ BY_DESIGN = {
     'models.load': 'writes weights into the model',
     **{
         f'{objective}.{method}': 'one step of training, on the model in training'
-        for objective in ('training.Objective', 'training.Standard', 'training.Adversarial', 'defences.TRADES', 'defences.MART')
-        for method in ('perturbed', 'risk', 'loss')
+        for objective in ('training.Objective', 'training.Standard', 'training.Adversarial', 'defences.TRADES', 'defences.MART',
+                          'pruning.BayesianPruning', 'pruning.AdversarialPruning')
+        for method in ('perturbed', 'risk', 'terms', 'loss')
     },
     **{
         f'defences.{regularizer}.__call__': 'a term of the loss, on the model in training'
         for regularizer in ('WeightSize', 'InputGradient', 'LogitPairing')
     },
+    'pruning.Balanced.loss': 'one step of training, on the model in training',
     'layerwise.LayerRegularizer.__call__': 'a term of the loss, on the model in training',
     **{
         f'layerwise.Refreshed.{method}': 'part of a step of training, on the model in training'
@@ -342,6 +356,14 @@ def with_masks(model, use):
         before = snapshot(masked)
         use(masked)
         assert_untouched(before, masked)
+
+
+BRIEF = plans.Plan(eps=0.05, steps=1, epochs=2, tune=1, judge_steps=1)
+PRUNING_USES = {
+    'dead_layers': pruning.dead_layers, 'BayesianPruning.groups': pruning.BayesianPruning(samples=6).groups,
+    'AdversarialPruning.groups': pruning.AdversarialPruning(samples=6).groups,
+    'Balanced.groups': lambda model: pruning.Balanced(training.Adversarial()).groups(model),
+}  # fmt: skip
 
 
 GAUSSIAN_USES = {

@@ -26,7 +26,8 @@ ORDER = (
     'devices stats measures guard probes plots widgets results data models checkpoints distributed noises attacks '
     'evaluation training sweeps minimal blackbox adapters paths masking defences lsa vulnerable inside '
     'amplification layerwise explorer coverage surprise suites uncovered attribution lrp voting idc combinations fuzzing '
-    'cuts filters responses fragility synaptic selective histories links dropout suppression slimming pruning magnitudes bayesian plans thresholds anpvs studies report cli'
+    'cuts filters responses fragility synaptic selective histories links dropout suppression slimming pruning magnitudes '
+    'bayesian plans thresholds anpvs studies report cli'
 ).split()
 ONLY_WHERE_USED = {'torchvision', 'captum', 'xarray', 'seaborn', 'sklearn'}  # imported by the functions that need them
 MAX_LINES, MEDIAN_LINES, MIN_WORDS = 40, 12, 400

@@ -26,6 +26,7 @@ from robustnb.results import Result
 from robustnb.stats import pielou
 from robustnb.studies import (
     STUDIES,
+    adversarial_pruning,
     correlation,
     critical_units,
     diversity,
@@ -43,6 +44,7 @@ GOLDEN = {
     case['id']: case for case in json.loads((Path(__file__).parent / 'golden' / 'coverage.json').read_text())['cases']
 }
 SILENT = {'show_progress': False}
+BRIEF = {'eps': 0.1, 'steps': 1, 'epochs': 2, 'tune': 1, 'warm': 1, 'judge_steps': 2, 'batch_size': 32, 'mask_lr': 0.2}
 FEW = ['NC', 'KMNC', 'TKNP', {'criterion': 'IDC', 'm': 4, 'k': 2}]
 
 
@@ -459,6 +461,11 @@ def test_overhead(model, halves):
     assert given.train is None, 'nothing is kept'
 
 
+def timeless(table):
+    "A table without the columns that a clock has measured."
+    return table.drop(columns=[name for name in table if 'seconds' in name])
+
+
 CALLS = {
     'critical_units': {'methods': 'lrp', 'ms': (2, 4), 'draws': 2},
     'diversity': {'criteria': FEW, 'iterations': 2},
@@ -466,6 +473,7 @@ CALLS = {
     'correlation': {'criteria': FEW, 'sizes': (20,), 'suites': 5, 'attack': None},
     'overhead': {'criteria': ['KMNC'], 'batch_sizes': (64,)},
     'fragility': {'attacks': FGSM(0.05), 'filters': ['high', 'pulse'], 'thresholds': 4},
+    'adversarial_pruning': {'methods': ['AT', 'ANP-VS'], 'changes': BRIEF},
 }
 
 
@@ -482,10 +490,12 @@ def test_each_study_is_a_whole_result(name, model, halves, tmp_path):
     assert type(again) is type(first) and again.table().equals(first.table())
     assert again.plot().axes
     if name != 'overhead':
-        same = STUDIES[name](model, *halves, **CALLS[name], batch_size=50, **SILENT)
-        assert np.allclose(*(r.table().select_dtypes('number').values for r in (first, same)), equal_nan=True)
+        size = {} if name == 'adversarial_pruning' else {'batch_size': 50}  # there it is one of the plan, and of the training
+        same = STUDIES[name](model, *halves, **CALLS[name], **size, **SILENT)
+        assert np.allclose(*(timeless(r.table()).select_dtypes('number').values for r in (first, same)), equal_nan=True)
         other = STUDIES[name](model, *halves, **CALLS[name], seed=9, **SILENT)
-        assert not np.array_equal(*(r.table().select_dtypes('number').values for r in (first, other)), equal_nan=True)
+        values = [timeless(r.table()).select_dtypes('number').values for r in (first, other)]
+        assert not np.array_equal(*values, equal_nan=True)
 
 
 def test_any_form_of_data(model, halves):
@@ -537,6 +547,16 @@ def test_any_form_of_data(model, halves):
         ('fragility', {'baseline': 'round'}, 'baseline'),
         ('fragility', {'inits': 2}, 'each init begins anew'),
         ('fragility', {'attacks': None, 'calibrate_to': 0.5}, 'there are none; leave it out'),
+        ('adversarial_pruning', {'methods': ['ANPVS']}, 'no method'),
+        ('adversarial_pruning', {'methods': {'a': ['ANP', {'betta': 2}]}}, "a plan has no 'betta'"),
+        ('adversarial_pruning', {'plan': 'minst'}, 'no plan'),
+        ('adversarial_pruning', {'changes': {'epsilon': 0.1}}, "a plan has no 'epsilon'"),
+        ('adversarial_pruning', {'changes': {'steps': 0}}, 'steps is a whole number'),
+        ('adversarial_pruning', {'seeds': 0}, 'seeds are whole numbers'),
+        ('adversarial_pruning', {'seeds': [1, 1]}, 'each once'),
+        ('adversarial_pruning', {'seeds': 'all'}, 'seeds are whole numbers'),
+        ('adversarial_pruning', {'seeds': 2, 'inits': 2}, 'leave seeds=2 out'),
+        ('adversarial_pruning', {'inits': 2}, 'each init begins anew'),
     ],
 )
 def test_bad_settings(name, wrong, words, model, halves):
@@ -590,6 +610,36 @@ def test_fragility_from_birth(halves, tmp_path):
     assert again.table().equals(found.table()) and len(list((tmp_path / 'kept').rglob('epoch*'))) == 6
     found = fragility(make, *halves, None, 'high', 3, **how | {'epochs': 1}, **SILENT)
     assert found.epochs == [0, 1], 'without a folder, nothing is left behind'
+
+
+def test_adversarial_pruning_is_the_comparison(model, halves):
+    from robustnb.anpvs import compare
+    from robustnb.plans import Plan
+
+    methods = {'AT': 'AT', 'cheap': ['ANP', {'beta': 0.1}]}
+    found = adversarial_pruning(model, *halves, methods, changes=BRIEF, seeds=2, seed=3, **SILENT)
+    same = compare(model, *halves, {'AT': 'AT', 'cheap': ('ANP', {'beta': 0.1})}, Plan(**BRIEF), (3, 4), **SILENT)
+    assert timeless(found.runs()).equals(timeless(same.runs())) and found.runs().seed.tolist() == [3, 4, 3, 4]
+    assert 'black box' not in found.runs() and found.settings['plan']['eps'] == 0.1
+    listed = adversarial_pruning(model, *halves, 'AT', Plan(**BRIEF), seeds=np.array([4]), **SILENT)
+    assert timeless(listed.runs()).equals(timeless(same.runs())[1:2].reset_index(drop=True))
+    with pytest.raises(TypeError, match='without `inits` the model is a network'):
+        adversarial_pruning('digits_cnn', *halves, 'AT', **SILENT)
+
+
+def test_adversarial_pruning_from_starts_of_its_own(halves, tmp_path, monkeypatch):
+    from robustnb import anpvs
+
+    def make(init):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    how = {'methods': ('AT', 'ANP'), 'changes': BRIEF, 'inits': [5, 2], 'folder': tmp_path}
+    found = adversarial_pruning(make, *halves, **how, **SILENT)
+    assert found.dataset['seed'].values.tolist() == [5, 2] and 'black box' in found.runs()
+    starts = sorted(file.name for file in tmp_path.glob('start-*'))
+    assert starts == ['start-2.safetensors', 'start-5.safetensors', 'start-6.safetensors'], 'one more for the black box'
+    monkeypatch.setattr(anpvs, 'train_method', None)
+    assert adversarial_pruning(make, *halves, **how, **SILENT).runs().equals(found.runs()), 'all of it was kept'
 
 
 def test_bad_data(model, halves):
@@ -781,6 +831,24 @@ def test_an_interrupted_study_does_not_say_that_it_is_done(tmp_path, monkeypatch
     assert 'fragility: stopped after' in caplog.text and 'done' not in caplog.text
     assert part.table()['value'].isna().any()
     assert run_study('fragility', config, tmp_path, **SILENT).table()['value'].notna().all(), 'it goes on'
+
+
+def test_adversarial_pruning_by_its_configuration(tmp_path):
+    config = example('adversarial_pruning') | {'model': {'name': 'digits_cnn', 'settings': {'size': 8}}}
+    config['data'] |= {'train': 64, 'test': 40}
+    config['arguments'] = config['arguments'] | {'methods': ['AT', 'ANP-VS'], 'inits': 1, 'changes': BRIEF}
+    (tmp_path / 'f.json').write_text(json.dumps(config))
+    words = ['run', 'adversarial_pruning', '--config', str(tmp_path / 'f.json'), '--out', str(tmp_path), '--quiet']
+    assert main(words) == 0
+    kept = Result.load(tmp_path / 'adversarial_pruning.safetensors')
+    found = json.loads((tmp_path / 'adversarial_pruning.json').read_text())
+    for name in ('table', 'runs', 'as_published'):
+        assert [row['method'] for row in found[name]] == ['AT', 'ANP-VS'] == kept.methods, 'rows with their names'
+    assert found['as_published'][1]['clean'] == pytest.approx(100 * found['runs'][1]['clean'])
+    assert (tmp_path / 'trainings' / 'ANP-VS-0-net.safetensors').exists(), 'a network that can be loaded'
+    config['arguments']['changes'] = BRIEF | {'lr': 1e-4}
+    with pytest.raises(RuntimeError, match='belongs to another training'):
+        run_study('adversarial_pruning', config, tmp_path, **SILENT)
 
 
 def test_fragility_from_birth_by_its_configuration(tmp_path):
