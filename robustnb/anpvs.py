@@ -176,7 +176,8 @@ class Comparison(Result):
 
     def difference(self, a: str, b: str, attack: str = 'worst', level: float = 0.95):
         """How much more accurate `a` is than `b` on the same images, for each seed and over all: with an interval over the
-        images, and one over the seeds (nan for fewer than two).
+        images, and one over the seeds (nan for fewer than two). Seeds in which one of the two collapsed are left out, and
+        counted in the last row.
         """
         return _paired(self, a, b, attack, level)
 
@@ -238,9 +239,10 @@ def _paired(found: Comparison, a: str, b: str, attack: str, level: float):
         raise ValueError(f'{a} and {b} have no seed in which neither collapsed')
     gaps, seeds = gaps[there], [str(seed) for seed in data['seed'].values[there]]
     rows = [{'seed': seed} | _interval(gap, level) for seed, gap in zip(seeds, gaps, strict=True)]
-    runs = mean_of_runs(gaps.mean(1), level)
+    runs, out = mean_of_runs(gaps.mean(1), level), int((~there).sum())
     return pd.DataFrame([*rows, {'seed': 'all'} | _interval(gaps.mean(0), level) | {'low over seeds': runs.low,
-                                                                                 'high over seeds': runs.high}])
+                                                                                 'high over seeds': runs.high,
+                                                                                 'left out': out}])
 
 # %% ../nbs/68_anpvs.ipynb #77f78ae4
 def _interval(values: np.ndarray, level: float) -> dict[str, float]:
@@ -297,8 +299,10 @@ def compare(
         _swept(partial(_begun, **about), [{'seed': seed} for seed in [*seeds, *others]], kept / 'starts.jsonl', **how)
         one, runs = partial(_one, test=test, worst=worst, **about), {}
         for later in (False, True):  # those that follow another one come when that is done
+            now = {label: arm for label, arm in arms.items() if _follows(arm[1]) == later}
+            runs |= _left_out(now, runs, seeds)
             tasks = [{'label': label, 'method': name, 'seed': seed, 'changes': _followed(changes, runs, seed)}
-                     for label, (name, changes) in arms.items() for seed in seeds if _follows(changes) == later]
+                     for label, (name, changes) in now.items() for seed in seeds if (label, seed) not in runs]
             tasks += [{'label': _SOURCE, 'method': 'AT', 'seed': seed, 'changes': {}} for seed in others if not later]
             runs |= _done(_swept(one, tasks, kept / 'runs.jsonl', **how))
         source = _network(kept, _SOURCE, others[0], model) if others else source
@@ -375,9 +379,13 @@ def _followed(changes: dict, runs: Mapping, seed: int) -> dict:
     "The changes of an arm, with the parameters that the one it follows was left with."
     if not _follows(changes):
         return changes
-    values = runs[changes['parameters'], seed][0]
-    own = {key: value for key, value in changes.items() if key != 'parameters'}
-    return own if 'collapsed' in values else own | {'parameters': values['parameters']}
+    return changes | {'parameters': runs[changes['parameters'], seed][0]['parameters']}
+
+def _left_out(arms: Mapping, runs: Mapping, seeds: Sequence[int]) -> dict[tuple[str, int], tuple[dict, dict]]:
+    "The runs that cannot be, since the network that they were to follow is not there."
+    return {(label, seed): ({'collapsed': f'{changes["parameters"]}, which it was to follow, collapsed'}, {})
+            for label, (_, changes) in arms.items() for seed in seeds
+            if _follows(changes) and 'collapsed' in runs[changes['parameters'], seed][0]}
 
 # %% ../nbs/68_anpvs.ipynb #e03ad99f
 def _begun(seed: int, model, train, plan: Plan, folder: Path) -> dict:

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -461,6 +462,15 @@ def _set_for_now(model: nn.Module, name: str, value) -> Iterator[None]:
             setattr(mask, name, old)
 
 # %% ../nbs/60_dropout.ipynb #3dd6c259
+def _dropped_alike(copies: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    "The hook that lets a layer of ordinary dropout treat all copies of a batch alike."
+    x, = args
+    if not module.training or len(x) % copies:
+        return output
+    kept = module.forward(torch.ones_like(x[:len(x) // copies]))  # not a call: that would end here again
+    return x * kept.repeat(copies, *(1,) * (x.dim() - 1))
+
+# %% ../nbs/60_dropout.ipynb #85859e70
 @contextmanager
 def paired(
     model: nn.Module,  # a network with masks; they are as before afterwards
@@ -469,8 +479,14 @@ def paired(
     "A block in which the parts of a batch, such as `torch.cat([x, x_adv])`, get the same masks."
     if not isinstance(copies, int) or copies < 1:
         raise ValueError(f'copies is a whole number from 1, got {copies!r}')
-    with _set_for_now(model, 'copies', copies):
-        yield model
+    hooks = [module.register_forward_hook(partial(_dropped_alike, copies)) for module in model.modules()
+             if isinstance(module, _DROPOUTS) and not isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout)]
+    try:
+        with _set_for_now(model, 'copies', copies):
+            yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 # %% ../nbs/60_dropout.ipynb #ab1dbe12
 def mask_kl(

@@ -62,6 +62,7 @@ class Plan:
     sparsity: float = 0.8  # share of weights that ADMM prunes
     parameters: float = 0.6  # share of the parameters that pruning by magnitude leaves
     deviation: float = 0.1  # of the prior of Gaussian weights
+    rho: float = -3.0  # at the start of Gaussian weights: their own deviation is log(1 + exp(rho))
     augment: Callable | None = None  # images (batch, ...) -> images, applied to every batch; such as `shift_and_flip`
     autocast: torch.dtype | None = None  # type for the attack: torch.bfloat16 where the machine is fast at it
     channels_last: bool = True  # layout of convolutions: faster on most machines
@@ -126,6 +127,8 @@ class _Job(NamedTuple):
     epochs: int  # of the first stage
     per_epoch: int  # steps
     bounds: tuple | None  # range of the inputs
+    seed: int  # of the attack
+    grows: bool = True  # whether the attack grows
 
     @property
     def ramp(self) -> int:
@@ -135,8 +138,8 @@ class _Job(NamedTuple):
     def attack(self, **more) -> Perturbation | Ramped:
         "The attack of the plan, that grows if it is to."
         plan = self.plan
-        found = PGD(plan.eps, plan.steps, plan.step, bounds=self.bounds, autocast=plan.autocast, **more)
-        return Ramped(found, self.ramp) if self.ramp else found
+        found = PGD(plan.eps, plan.steps, plan.step, bounds=self.bounds, seed=self.seed, autocast=plan.autocast, **more)
+        return Ramped(found, self.ramp) if self.ramp and self.grows else found
 
     def masked(self) -> nn.Module:
         "The network with masks."
@@ -164,6 +167,18 @@ def _anp(job: _Job, **more) -> AdversarialPruning:
     return AdversarialPruning(job.attack(), samples=job.samples, beta=plan.beta, clean_weight=plan.clean_weight,
                               warm_up=job.ramp, augment=plan.augment, **more)
 
+def _at_vs(job: _Job):
+    "Adversarial training with vulnerability suppression by the plan."
+    return _weighed(job, _at(job, regularizers=_term(job)))
+
+def _anp_vs(job: _Job):
+    "Adversarial neural pruning with vulnerability suppression by the plan."
+    return _weighed(job, _anp(job, suppression=_term(job)))
+
+def _standard(job: _Job) -> Standard:
+    "Standard training by the plan."
+    return Standard(augment=job.plan.augment)
+
 def _bp(job: _Job) -> BayesianPruning:
     "Bayesian pruning by the plan."
     return BayesianPruning(samples=job.samples, beta=job.plan.beta, warm_up=job.ramp, augment=job.plan.augment)
@@ -178,6 +193,10 @@ def _bnn(job: _Job) -> Adversarial:
     "Adversarial training of Gaussian weights; the published loss gives a hundredth of its weight to the divergence."
     return _at(job, regularizers=WeightPrior(job.samples, factor=0.01))
 
+def _gaussian(job: _Job) -> nn.Module:
+    "The network with Gaussian weights."
+    return gaussian_weights(job.net, start=job.plan.rho, prior=job.plan.deviation)
+
 def _slimmed(net: nn.Module, job: _Job) -> nn.Module:
     "The smaller network; or Collapse, which may have come with the last steps, when no other step looks."
     _look_for_collapse(net, job.example, job.epochs * job.per_epoch, every=1)
@@ -191,18 +210,18 @@ class Defence(NamedTuple):
     plain: Callable = lambda net, job: net  # of that network when it is trained: a plain one
     cuts: bool = False  # whether that is smaller, and trained on
     decays: bool = True  # whether the weights decay as the plan says; those with a prior are held by it
+    tuning: Callable = _at  # of a job: what is minimised when the smaller network is trained on
 
 DEFENCES: dict[str, Defence] = {
-    'Standard': Defence(lambda job: Standard(augment=job.plan.augment)),
-    'BP': Defence(_bp, _Job.masked, _slimmed, cuts=True),
+    'Standard': Defence(_standard),
+    'BP': Defence(_bp, _Job.masked, _slimmed, cuts=True, tuning=_standard),
     'AT': Defence(_at),
-    'AT-VS': Defence(lambda job: _weighed(job, _at(job, regularizers=_term(job)))),
+    'AT-VS': Defence(_at_vs),
     'TRADES': Defence(lambda job: TRADES(job.attack(loss='kl'), job.plan.divergence, augment=job.plan.augment)),
     'ANP': Defence(_anp, _Job.masked, _slimmed, cuts=True),
-    'ANP-VS': Defence(lambda job: _weighed(job, _anp(job, suppression=_term(job))), _Job.masked, _slimmed, cuts=True),
+    'ANP-VS': Defence(_anp_vs, _Job.masked, _slimmed, cuts=True, tuning=_at_vs),
     'ADMM': Defence(_admm),
-    'AT-BNN': Defence(_bnn, lambda job: gaussian_weights(job.net, prior=job.plan.deviation), lambda net, job: mean_weights(net),
-                     decays=False),
+    'AT-BNN': Defence(_bnn, _gaussian, lambda net, job: mean_weights(net), decays=False),
     'AT + magnitude': Defence(_at, plain=lambda net, job: prune_units(net, float(job.plan.parameters)), cuts=True),
 }
 
@@ -272,7 +291,7 @@ def train_method(
     "Train a copy of a network by the method of this name, and make a plain one of it."
     if name not in DEFENCES:
         raise KeyError(f'no method {name!r}; there are {", ".join(DEFENCES)}. "Pretrained AT" is AT from a start of yours')
-    method, job = DEFENCES[name], _job(name, start, train, plan)
+    method, job = DEFENCES[name], _job(name, start, train, plan, seed)
     file = None if checkpoint is None else Path(checkpoint)
     how = {'plan': plan if method.decays else replace(plan, weight_decay=0.0), 'seed': seed, 'show_progress': show_progress}
     share = job.epochs / plan.epochs
@@ -285,13 +304,15 @@ def train_method(
         return Trained(name, None, collapsed=str(error))
     if not method.cuts or not plan.tune:
         return _told(Trained(name, plain.eval(), first.model, first.history), train)
-    objective = Standard(augment=plan.augment) if name == 'BP' else _at(job, _full(job))
-    second = _fitted(plain, train, objective, plan.tune, file=file and file.with_suffix('.tuned' + file.suffix),
-                     schedule=_part(plan.schedule, share, 1), **how)
+    rest = job._replace(seed=job.seed + job.epochs * job.per_epoch, grows=False)  # the attack's dice go on where they were
+    second = _fitted(plain, train, method.tuning(rest), plan.tune, file=file and file.with_suffix('.tuned' + file.suffix),
+                     schedule=_part(plan.schedule, share, 1), **how | {'seed': seed + 1_000_000})  # other orders of batches
     history = [*first.history, *({'stage': 2} | entry for entry in second.history)]
     return _told(Trained(name, second.model, first.model, history), train)
 
 # %% ../nbs/66_plans.ipynb #94be6e2f
+_APART = 1_000_003  # from the attack's dice of one seed to those of the next: more than a training has steps
+
 def _told(found: Trained, train) -> Trained:
     "The same; without its network if that says one class for all of some hundred training images, which are of several."
     with seeded(0):  # a loader that shuffles draws
@@ -304,7 +325,7 @@ def _told(found: Trained, train) -> Trained:
     log.warning('%s: %s', found.name, why)
     return replace(found, model=None, collapsed=why)
 
-def _job(name: str, start: nn.Module, train, plan: Plan) -> _Job:
+def _job(name: str, start: nn.Module, train, plan: Plan, seed: int) -> _Job:
     "What a method begins with."
     samples, per_epoch = size_of(train), steps_of(train, plan.batch_size)
     if not samples or not per_epoch:
@@ -312,12 +333,7 @@ def _job(name: str, start: nn.Module, train, plan: Plan) -> _Job:
     with seeded(0):  # a loader that shuffles draws
         example = next(iter(batches(train, 8, device_of(start)))).x
     epochs = plan.epochs - plan.tune if DEFENCES[name].cuts else plan.epochs
-    return _Job(plan, deepcopy(start), example, samples, epochs, per_epoch, bounds_of(train))
-
-def _full(job: _Job) -> PGD:
-    "The attack of the plan at full strength."
-    attack = job.attack()
-    return attack.attack if isinstance(attack, Ramped) else attack
+    return _Job(plan, deepcopy(start), example, samples, epochs, per_epoch, bounds_of(train), seed * _APART)
 
 # %% ../nbs/66_plans.ipynb #c8b7ff60
 def _dropped(done: float, first: float, second: float) -> float:
@@ -332,15 +348,15 @@ def _published(eps: float, step: float, steps: int, second: float, **more) -> di
 
 # %% ../nbs/66_plans.ipynb #cd70c8e3
 PLANS: dict[str, Plan] = {  # name -> plan
-    'mnist': Plan(),  # LeNet-5-Caffe on 6,000 images, minutes on a CPU
+    'mnist': Plan(),  # LeNet-5-Caffe on some thousand images, minutes on a CPU
     'cifar': Plan(8 / 255, steps=10, epochs=60, tune=10, batch_size=128, warm=30, augment=shift_and_flip, lr=1e-3, mask_lr=0.02,
                   autocast=torch.bfloat16, judge_step=2 / 255),  # VGG-16 in pixel space, for a GPU
     **{f'mnist {mode}': plan for mode, plan in _published(
         0.3, 0.01, 20, 0.7, beta=4.0, suppression=1e-3, start=0.239, deviation=1.0).items()},
     **{f'cifar10 {mode}': plan for mode, plan in _published(
-        0.03, 0.007, 10, 0.8, beta=2.0, suppression=1e-4, start=0.68, augment=shift_and_flip).items()},
+        0.03, 0.007, 10, 0.8, beta=2.0, suppression=1e-4, start=0.68, rho=-5.0, augment=shift_and_flip).items()},
     **{f'cifar100 {mode}': plan for mode, plan in _published(
-        0.03, 0.007, 10, 0.8, beta=1.0, suppression=0.1, start=0.68, augment=shift_and_flip).items()},
+        0.03, 0.007, 10, 0.8, beta=1.0, suppression=0.1, start=0.68, rho=-5.0, augment=shift_and_flip).items()},
 }
 
 # %% ../nbs/66_plans.ipynb #acea2292

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from .attacks import PGD
 from .data import Batch
-from .distributed import add_up
+from .distributed import add_up, world_size
 from .dropout import _masks, mask_groups, mask_kl, paired
 from .guard import logits_of, match_dtype, untouched
 from .layerwise import LayerRegularizer, _in_halves
 from .probes import Probe
-from .training import Objective, _inside, _mean_loss, _mean_of
+from .training import Objective, Ramped, _inside, _mean_loss, _mean_of
 
 # %% ../nbs/63_pruning.ipynb #dd43d171
 def _check_prices(owner) -> None:
@@ -61,10 +61,11 @@ class BayesianPruning(Objective):
         "The mean loss of the batch, a scalar."
         return _mean_loss(model, x_adv, batch.y, self.criterion)
 
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        "The risk, the price of the units, and what the regularizers add, a scalar."
+    def terms(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Tensor | int]:
+        "The risk with the price of the units, and what the regularizers add, two scalars."
         _look_for_collapse(model, batch.x, step)
-        return super().loss(model, batch, step) + _price(self, model, step)
+        risk, more = super().terms(model, batch, step)
+        return risk + _price(self, model, step), more
 
 # %% ../nbs/63_pruning.ipynb #479a8d7a
 def dead_layers(
@@ -80,12 +81,12 @@ class Collapse(RuntimeError):
 @torch.no_grad()
 def _look_for_collapse(model: nn.Module, x: Tensor, step: int, every: int = 100) -> None:
     "An error if the network has lost all that it could tell inputs apart by."
-    if step % every or not (dead := dead_layers(model)):
+    if step % every or len(x) < 2 or not (dead := dead_layers(model)):
         return
     with untouched(model):
         model.eval()
         logits = logits_of(_inside(model)(match_dtype(x, model)))
-    if (logits == logits[:1]).all():
+    if not (logits != logits[:1]).any():
         raise Collapse(f'at step {step} all units of {", ".join(dead)} are off, and the network says the same for every input. '
                        'Start from a trained network, let the attack and the price grow slowly (Ramped, warm_up=), or take a '
                        'smaller beta')
@@ -95,14 +96,15 @@ def _look_for_collapse(model: nn.Module, x: Tensor, step: int, every: int = 100)
 def _held(model: nn.Module) -> Iterator[None]:
     "A block in which the masks of evaluation are computed once, for passes between which no mask changes."
     masks = list(_masks(model).values())
-    with torch.no_grad():
-        for mask in masks:
-            mask.held = mask.known()
+    before = [mask.held for mask in masks]
     try:
+        with torch.no_grad():
+            for mask in masks:
+                mask.held = mask.known()
         yield
     finally:
-        for mask in masks:
-            mask.held = None
+        for mask, old in zip(masks, before, strict=True):
+            mask.held = old
 
 # %% ../nbs/63_pruning.ipynb #d475aa8b
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class AdversarialPruning(Objective):
     attack: Callable = PGD(eps=0.1, steps=10)  # a perturbation, or a function (model, x, y) -> x_pert
     samples: int = field(kw_only=True)  # how many there are to learn from, len(train)
     beta: float = field(default=1.0, kw_only=True)  # weight of the divergence: the price of a unit
-    suppression: LayerRegularizer | None = field(default=None, kw_only=True)  # vulnerability suppression, see `suppress`
+    suppression: LayerRegularizer | None = field(default=None, kw_only=True)  # of features in the joint pass, see `suppress`
     clean_weight: float = field(default=1 / 3, kw_only=True)  # weight of the clean loss, 0 to 1; the attacked loss has the rest
     split: bool = field(default=True, kw_only=True)  # masks see the attacked loss and the price only; False: everything
     warm_up: int = field(default=0, kw_only=True)  # steps over which the price grows from 0
@@ -184,7 +186,7 @@ class Balanced:
         every: int = 25,  # steps from one measurement to the next
     ):
         self.objective, self.ratio, self.every = objective, ratio, every
-        self.weight = 1.0  # what the regularizers are multiplied by now
+        self.weight, self.step = None, 0  # what the regularizers are multiplied by now, once it is known; steps that are done
         _check_balanced(self)
 
     def __repr__(self) -> str:
@@ -200,17 +202,25 @@ class Balanced:
         if not isinstance(term, Tensor):
             raise ValueError(f'{type(self.objective).__name__} has no regularizers, so there is nothing to balance; give it '
                              'regularizers=suppress(), or suppression=suppress()')
-        if step % self.every == 0:
-            self.weight = self.ratio * _pull_ratio(risk, term, self.groups(model))
-        return _with_term(risk, self.weight * term)
+        if _is_due(self, step):
+            self.weight = _reweighed(self, step, _pull_ratio(risk, term, self.groups(model)))
+        return _with_term(risk, (0.0 if self.weight is None else self.weight) * term)
+
+    def after_step(self, model: nn.Module) -> None:
+        "Let all processes have the same weight: the mean of theirs, for those that had samples."
+        if world_size() > 1 and _is_due(self, self.step):
+            sums = [torch.tensor(0.0 if self.weight is None else self.weight), torch.tensor(float(self.weight is not None))]
+            add_up(sums)
+            self.weight = float(sums[0] / sums[1]) if sums[1] else None
+        self.step += 1
 
     def state_dict(self) -> dict:
         "What a training needs to go on."
-        return {'weight': self.weight}
+        return {'weight': self.weight, 'step': self.step}
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from there."
-        self.weight = state['weight']
+        self.weight, self.step = state['weight'], state['step']
 
 # %% ../nbs/63_pruning.ipynb #99b2d06e
 def _check_balanced(balanced: 'Balanced') -> None:
@@ -219,18 +229,37 @@ def _check_balanced(balanced: 'Balanced') -> None:
     if not isinstance(objective, Objective) or any(hasattr(objective, name) for name in own):
         raise TypeError('Balanced takes an objective with regularizers and without a memory, such as Adversarial() or '
                         f'AdversarialPruning(), got {objective!r:.200}')
+    kind = type(objective)
+    if kind.loss is not Objective.loss and kind.terms is Objective.terms:
+        raise TypeError(f'Balanced asks for the terms of an objective, and {kind.__name__} has a loss of its own; let it define '
+                        'terms(model, batch, step), which gives the risk and the regularizers')
+    listed = (objective.regularizers,) if callable(objective.regularizers) else objective.regularizers
+    if any(getattr(term, 'warm_up', 0) for term in (*listed, getattr(objective, 'suppression', None))):
+        raise ValueError('a term that warms up would be made large again by its balance; set warm_up=0 in it')
     if not isinstance(balanced.ratio, Real) or not 0 <= balanced.ratio < inf:
         raise ValueError(f'ratio is a number of at least 0 and finite, got {balanced.ratio!r}')
     if not isinstance(balanced.every, Integral) or balanced.every < 1:
         raise ValueError(f'every is a number of steps, at least 1; got {balanced.every!r}')
 
+def _is_due(balanced: 'Balanced', step: int) -> bool:
+    "Whether the two gradients are measured in this step: now and then, and always while the attack grows."
+    attack = balanced.objective.attack
+    return step % balanced.every == 0 or isinstance(attack, Ramped) and step < attack.steps
+
+def _reweighed(balanced: 'Balanced', step: int, found: float) -> float | None:
+    "The weight after a measurement: its geometric mean with the one before, but for an attack that grows."
+    new, old, attack = balanced.ratio * found, balanced.weight, balanced.objective.attack
+    if not 0 < new < inf:  # a term that is 0 has no gradient, and one that overflows has none to speak of
+        return old
+    grows = isinstance(attack, Ramped) and step < attack.steps
+    return new if old is None or grows else (old * new) ** 0.5
+
 def _pull_ratio(risk: Tensor | Mapping[str, Tensor], term: Tensor, groups: Mapping[str, list]) -> float:
-    "The length of the gradient of the risk divided by that of the term; 1 if the term has none."
+    "The length of the gradient of the risk divided by that of the term; infinite if the term has none."
     parameters = [p for p in groups.get('weights', groups.get('', [])) if p.requires_grad]
     whole, squares = risk['weights'] if isinstance(risk, Mapping) else risk, []
     for loss in (whole, term):
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         squares.append(sum(g.detach().square().sum(dtype=torch.float32) for g in found if g is not None).cpu())
-    add_up(squares)  # over all processes
     risk_pull, term_pull = (float(square) ** 0.5 for square in squares)
-    return risk_pull / term_pull if term_pull else 1.0
+    return risk_pull / term_pull if term_pull else inf

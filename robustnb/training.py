@@ -344,6 +344,7 @@ def _descend(optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScal
     for optimizer in found:
         for group in optimizer.param_groups:
             group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
+        scaler.unscale_(optimizer)  # now, since an optimizer may clip before its step
         scaler.step(optimizer)
     if found:
         scaler.update()

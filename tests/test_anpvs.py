@@ -340,12 +340,14 @@ def test_a_comparison_in_a_file_and_in_a_figure(whole, tmp_path):
 def test_collapses_are_told():
     dead = ('ANP', {'start': 5e-4})
     late = 'ANP', {'start': 1.1e-3, 'mask_lr': 0.2, 'beta': 100.0, 'ramp': 0.0}
-    found = side_by_side({'fine': 'AT', 'dead': dead, 'late': late}, (3,))
+    mag = 'AT + magnitude', {'parameters': 'dead'}
+    found = side_by_side({'fine': 'AT', 'dead': dead, 'late': late, 'mag': mag}, (3,))
     runs, table = found.runs().set_index('method'), found.table()
+    assert runs.collapsed['mag'] == 'dead, which it was to follow, collapsed'
     assert 'at step 0 ' in runs.collapsed['dead'] and 'at step 20 ' in runs.collapsed['late'] and runs.collapsed['fine'] == ''
-    assert table.collapsed.tolist() == [0, 1, 1] and np.isnan(table.loc['dead', 'clean']) and np.isnan(table.memory['late'])
+    assert table.collapsed.tolist() == [0, 1, 1, 1] and np.isnan(table.loc['dead', 'clean']) and np.isnan(table.memory['late'])
     assert found.as_published().loc['dead'].isna().all()
-    assert found.settings['collapsed'].keys() == {'dead, seed 3', 'late, seed 3'}
+    assert found.settings['collapsed'].keys() == {'dead, seed 3', 'late, seed 3', 'mag, seed 3'}
     with pytest.raises(ValueError, match='no seed in which neither collapsed'):
         found.difference('fine', 'dead')
     plt.close(found.plot())

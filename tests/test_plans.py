@@ -119,7 +119,7 @@ GROWING = Ramped(ATTACK, round(0.5 * 9))  # the same for all, whether they cut o
 def expected(name: str) -> tuple:
     "Objectives of both stages, written out from the table."
     at, price = Adversarial(GROWING, 0.25), {'samples': 40, 'beta': 2.0, 'warm_up': 4}
-    tuning = Adversarial(ATTACK, 0.25)
+    tuning = Adversarial(replace(ATTACK, seed=6), 0.25)  # its dice go on after the six steps of the first stage
     return {
         'Standard': (Standard(),),
         'BP': (BayesianPruning(**price), Standard()),
@@ -127,7 +127,8 @@ def expected(name: str) -> tuple:
         'AT-VS': (replace(at, regularizers=suppress(0.5)),),
         'TRADES': (TRADES(Ramped(replace(ATTACK, loss='kl'), 4), 6.0),),
         'ANP': (AdversarialPruning(GROWING, clean_weight=0.25, **price), tuning),
-        'ANP-VS': (AdversarialPruning(GROWING, clean_weight=0.25, suppression=suppress(0.5), **price), tuning),
+        'ANP-VS': (AdversarialPruning(GROWING, clean_weight=0.25, suppression=suppress(0.5), **price),
+                   replace(tuning, regularizers=suppress(0.5))),
         'ADMM': (at,),
         'AT-BNN': (replace(at, regularizers=WeightPrior(40, 0.01)),),
         'AT + magnitude': (at, tuning),
@@ -165,7 +166,14 @@ def test_without_a_number_the_term_has_its_weight_by_ratio(name, fits):
 def test_without_a_ramp_all_is_there_at_once(fits):
     for name in ('AT', 'ANP'):
         learn(name, replace(PLAN, ramp=0.0))
-    assert [call[2].attack for call in fits] == [ATTACK] * 3 and fits[1][2].warm_up == 0
+    assert [call[2].attack for call in fits] == [ATTACK, ATTACK, replace(ATTACK, seed=6)] and fits[1][2].warm_up == 0
+
+
+def test_each_seed_has_dice_of_its_own(fits):
+    for seed in (0, 1, 7):
+        learn('AT', seed=seed)
+    seeds = [call[2].attack.attack.seed for call in fits]
+    assert seeds[0] == 0 and min(b - a for a, b in zip(seeds, seeds[1:], strict=False)) > 100_000  # of steps that follow
 
 
 def test_the_attack_of_training_knows_the_range_of_the_data(fits):

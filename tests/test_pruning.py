@@ -21,7 +21,7 @@ from robustnb.attacks import FGSM, PGD
 from robustnb.checkpoints import load_state
 from robustnb.data import Batch, digits
 from robustnb.devices import pick_device, seeded
-from robustnb.dropout import insert_masks, mask_kl, mask_mode
+from robustnb.dropout import insert_masks, mask_kl, mask_mode, paired
 from robustnb.models import build
 from robustnb.pruning import AdversarialPruning, Balanced, BayesianPruning, Collapse, dead_layers
 from robustnb.suppression import suppress, vulnerability
@@ -169,10 +169,15 @@ def test_balanced_pulls_by_the_ratio(batch, form):
     squares = [[g.square().sum() for g in gradients(loss, weights) if g is not None] for loss in (risk['weights'], term)]
     length = [torch.stack(parts).sum().sqrt() for parts in squares]
     torch.testing.assert_close(balanced.weight, (0.2 * length[0] / length[1]).item(), rtol=1e-5, atol=0)
-    before = balanced.weight
+    before, again = balanced.weight, Balanced(objective, ratio=0.2, every=3)
+    other = batch._replace(x=batch.x.flip(0))
     for step, kept in ((1, True), (2, True), (3, False)):
-        balanced.loss(model, batch._replace(x=batch.x.flip(0)), step)
+        with seeded(step):
+            balanced.loss(model, other, step)
         assert (balanced.weight == before) == kept
+    with seeded(3):
+        again.loss(model, other, 0)
+    assert np.isclose(balanced.weight, (before * again.weight) ** 0.5)  # half of the weight is the old one
 
 
 def test_balanced_takes_objectives_without_groups(batch):
@@ -186,6 +191,72 @@ def test_balanced_takes_objectives_without_groups(batch):
     restored = Balanced(Adversarial(ATTACK, regularizers=suppress(5.0)), ratio=0.1)
     restored.load_state_dict(balanced.state_dict())
     torch.testing.assert_close(restored.loss(model, batch, 1), losses)
+
+
+def test_balanced_holds_the_ratio_while_the_attack_grows(batch):
+    model = masked()
+    objective = AdversarialPruning(Ramped(ATTACK, 20), samples=8, suppression=suppress())
+    balanced, weights = Balanced(objective, ratio=0.15, every=25), objective.groups(model)['weights']
+    for step in (0, 1, 7, 19):
+        with seeded(step):
+            balanced.loss(model, batch, step)
+        with seeded(step):
+            risk, term = objective.terms(model, batch, step)
+        pulls = [sum(g.square().sum() for g in gradients(loss, weights) if g is not None) ** 0.5
+                 for loss in (risk['weights'], balanced.weight * term)]
+        assert np.isclose(float(pulls[1] / pulls[0]), 0.15, rtol=1e-4), step
+
+
+def test_balanced_keeps_its_weight_where_there_is_no_gradient(batch):
+    same = Balanced(AdversarialPruning(lambda model, x, y: x, samples=8, suppression=suppress()), every=1)
+    risk, term = same.objective.terms(masked(), batch, 0)
+    losses = same.loss(masked(), batch, 0)
+    assert same.weight is None and float(losses['weights'].detach()) > 0
+    same.weight = 3.0
+    same.loss(masked(), batch, 1)
+    assert same.weight == 3.0
+
+
+def test_balanced_asks_the_terms_and_loses_none(batch):
+    def l1(model, batch, x_adv, step):
+        return sum(p.abs().sum() for p in model.parameters()) * 1e-3
+
+    model, plain = masked(), BayesianPruning(samples=8, beta=2.0, regularizers=l1)
+    balanced = Balanced(plain, ratio=0.5)
+    with seeded(0):
+        loss = balanced.loss(model, batch, 0)
+    with seeded(0):
+        risk, term = plain.terms(model, batch, 0)
+    with seeded(0):
+        torch.testing.assert_close(plain.loss(model, batch, 0), risk + term)
+    torch.testing.assert_close(loss, risk + balanced.weight * term)
+    with seeded(0):
+        torch.testing.assert_close(risk, Standard().loss(model, batch, 0) + 2 / 8 * mask_kl(model))
+
+    class Own(Adversarial):
+        def loss(self, model, batch, step):
+            return super().loss(model, batch, step) + 1
+
+    with pytest.raises(TypeError, match='terms\\(model, batch, step\\)'):
+        Balanced(Own(ATTACK, regularizers=l1))
+    for slow in (Adversarial(ATTACK, regularizers=suppress(warm_up=3)),
+                 AdversarialPruning(ATTACK, samples=8, suppression=suppress(warm_up=3))):
+        with pytest.raises(ValueError, match='warm_up=0'):
+            Balanced(slow)
+
+
+def test_ordinary_dropout_is_shared_by_both_halves(batch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(216, 12), nn.ReLU(),
+                        nn.Dropout(0.4), nn.Linear(12, 10))
+    model, same = insert_masks(net, torch.rand(2, 1, 8, 8)).double().train(), lambda model, x, y: x
+    assert AdversarialPruning(same, samples=8, suppression=suppress()).terms(model, batch, 0)[1] == 0
+    with paired(model):
+        whole = torch.nn.Sequential(*list(model)[:3])(torch.cat([batch.x, batch.x]))
+    assert torch.equal(*whole.chunk(2)) and (whole == 0).all((2, 3)).any()  # drawn, and alike
+    assert not any(module._forward_hooks for module in model if isinstance(module, nn.Dropout | nn.Dropout2d))
+    with paired(model.eval()):
+        assert torch.equal(model(batch.x), model(batch.x))
 
 
 def kill(model: nn.Module, name: str) -> None:
@@ -216,6 +287,8 @@ def test_a_dead_network_is_told_and_a_dead_branch_is_none(batch):
             objective.loss(model, batch, 100)
         objective.loss(model, batch, 101)  # it looks every hundred steps
     assert model.training
+    one = batch._replace(x=batch.x[:1], y=batch.y[:1], ids=batch.ids[:1])
+    BayesianPruning(samples=8).loss(model, one, 100)  # one sample cannot tell
     residual = insert_masks(Branch(), torch.rand(2, 1, 8, 8), where=['act']).double().train()
     kill(residual, 'act')
     assert dead_layers(residual) == ['act']
