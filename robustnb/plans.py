@@ -47,7 +47,7 @@ class Plan:
     epochs: int = 10  # of every method
     tune: int = 2  # of them, the last ones of methods that cut, in which the plain smaller network is trained
     batch_size: int = 64  # samples per step
-    lr: float = 2e-3  # learning rate of Adam for the weights
+    lr: float = 4e-3  # learning rate of Adam for the weights
     mask_lr: float = 0.1  # and for the masks
     weight_decay: float = 1e-4  # factor of half the squared weights, part of their gradient
     schedule: str | Callable = 'linear'  # of both rates over `epochs`, see `SCHEDULES`; masks and weights of methods that cut
