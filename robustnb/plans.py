@@ -280,7 +280,7 @@ def _at_share(done: float, schedule: str | Callable, first: float, last: float) 
 
 # %% ../nbs/66_plans.ipynb #5b6833a8
 def train_method(
-    name: str,  # name in `DEFENCES`
+    name: str | Defence,  # name in `DEFENCES`, or a defence of your own
     start: nn.Module,  # where to start: trained or untrained; comes back as it was
     train,  # training data: a `DataSet` or a pair (x, y)
     plan: Plan = Plan(),  # what it shares with the others
@@ -289,9 +289,10 @@ def train_method(
     show_progress: bool = True,  # a bar for each stage
 ) -> Trained:
     "Train a copy of a network by the method of this name, and make a plain one of it."
-    if name not in DEFENCES:
+    if not isinstance(name, Defence) and name not in DEFENCES:
         raise KeyError(f'no method {name!r}; there are {", ".join(DEFENCES)}. "Pretrained AT" is AT from a start of yours')
-    method, job = DEFENCES[name], _job(name, start, train, plan, seed)
+    method, name = (name, 'own') if isinstance(name, Defence) else (DEFENCES[name], name)
+    job = _job(method, start, train, plan, seed)
     file = None if checkpoint is None else Path(checkpoint)
     how = {'plan': plan if method.decays else replace(plan, weight_decay=0.0), 'seed': seed, 'show_progress': show_progress}
     share = job.epochs / plan.epochs
@@ -325,14 +326,14 @@ def _told(found: Trained, train) -> Trained:
     log.warning('%s: %s', found.name, why)
     return replace(found, model=None, collapsed=why)
 
-def _job(name: str, start: nn.Module, train, plan: Plan, seed: int) -> _Job:
+def _job(method: Defence, start: nn.Module, train, plan: Plan, seed: int) -> _Job:
     "What a method begins with."
     samples, per_epoch = size_of(train), steps_of(train, plan.batch_size)
     if not samples or not per_epoch:
         raise ValueError('the price of a unit is shared by all samples, so the data must have a length, and not be empty')
     with seeded(0):  # a loader that shuffles draws
         example = next(iter(batches(train, 8, device_of(start)))).x
-    epochs = plan.epochs - plan.tune if DEFENCES[name].cuts else plan.epochs
+    epochs = plan.epochs - plan.tune if method.cuts else plan.epochs
     return _Job(plan, deepcopy(start), example, samples, epochs, per_epoch, bounds_of(train), seed * _APART)
 
 # %% ../nbs/66_plans.ipynb #c8b7ff60
