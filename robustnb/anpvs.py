@@ -267,9 +267,8 @@ def _dots(found: Comparison):
             right.barh(place[name], 100 * np.nan_to_num(share), height=0.55, color='0.75')
             words = 'collapsed' if np.isnan(share) else f'{100 * share:.0f} %'
             right.text(100 * np.nan_to_num(share) + 3, place[name], words, va='center', fontsize=8)
-        low = 100 * min(runs[kind].min() for kind in kinds)
-        left.set(xlim=(max(0, 10 * ((low - 5) // 10)) if np.isfinite(low) else 0, 101), xlabel='accuracy in %, one dot for each seed',
-                 yticks=[*place.values()], yticklabels=[*place])
+        low = max(0, 10 * ((100 * runs[kinds].min().min() - 5) // 10))
+        left.set(xlim=(low, 101), xlabel='accuracy in %, one dot for each seed', yticks=[*place.values()], yticklabels=[*place])
         right.set(xlim=(0, 135), xlabel='parameters left in %')
         left.grid(axis='x', color='0.9')
         left.legend(loc='lower center', bbox_to_anchor=(0.5, 1.0), ncols=len(kinds), frameon=False)
