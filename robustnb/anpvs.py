@@ -6,6 +6,7 @@
 __all__ = ['stronger', 'judge', 'sizes', 'Comparison', 'compare', 'published']
 
 # %% ../nbs/68_anpvs.ipynb #e7ea11c7
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from .sweeps import Sweep, sweep
 from .training import Standard
 
 # %% ../nbs/68_anpvs.ipynb #6c9efbf0
-_MNIST = PLANS['mnist']
+log, _MNIST = logging.getLogger(__name__), PLANS['mnist']
 
 # %% ../nbs/68_anpvs.ipynb #383b7a55
 def stronger(
@@ -306,7 +307,10 @@ def compare(
                      for label, (name, changes) in now.items() for seed in seeds if (label, seed) not in runs]
             tasks += [{'label': _SOURCE, 'method': 'AT', 'seed': seed, 'changes': {}} for seed in others if not later]
             runs |= _done(_swept(one, tasks, kept / 'runs.jsonl', **how))
-        source = _network(kept, _SOURCE, others[0], model) if others else source
+        if others and 'collapsed' in runs[_SOURCE, others[0]][0]:
+            log.warning('no black box: its source, AT with seed %d, collapsed; give another one with source=', others[0])
+        elif others:
+            source = _network(kept, _SOURCE, others[0], model)
         if source is not None:
             runs = _blackened(runs, source, model, test, plan, kept, show_progress)
     return _comparison(runs, arms, seeds, plan, test)

@@ -18,7 +18,7 @@ from robustnb.data import DataSet, load_data
 from robustnb.evaluation import evaluate, predict
 from robustnb.magnitudes import prune_units
 from robustnb.models import build
-from robustnb.plans import PLANS, Plan, train_method
+from robustnb.plans import PLANS, Plan, Trained, train_method
 from robustnb.pruning import Collapse
 from robustnb.results import Result
 from robustnb.stats import bootstrap_mean, mean_of_runs
@@ -462,3 +462,16 @@ def test_published_tables(place, name):
 def test_no_such_table():
     with pytest.raises(KeyError, match='there are mnist, cifar10, cifar100'):
         published('imagenet')
+
+
+def test_without_its_source_there_is_no_black_box(monkeypatch, caplog):
+    real = anpvs.train_method
+
+    def fails_once(name, start, train, plan, seed, *args, **kwargs):
+        if seed == 1:
+            return Trained(name, None, collapsed='no reason')
+        return real(name, start, train, plan, seed, *args, **kwargs)
+
+    monkeypatch.setattr(anpvs, 'train_method', fails_once)
+    found = side_by_side(('AT',), (0,))
+    assert 'black box' not in found.as_published() and 'AT with seed 1, collapsed' in caplog.text

@@ -306,6 +306,7 @@ BY_DESIGN = {
         for regularizer in ('WeightSize', 'InputGradient', 'LogitPairing')
     },
     'pruning.Balanced.loss': 'one step of training, on the model in training',
+    'pruning.Balanced.after_step': 'part of a step of training, on the model in training',
     'layerwise.LayerRegularizer.__call__': 'a term of the loss, on the model in training',
     **{
         f'layerwise.Refreshed.{method}': 'part of a step of training, on the model in training'

@@ -835,7 +835,7 @@ def test_an_interrupted_study_does_not_say_that_it_is_done(tmp_path, monkeypatch
 
 def test_adversarial_pruning_by_its_configuration(tmp_path):
     config = example('adversarial_pruning') | {'model': {'name': 'digits_cnn', 'settings': {'size': 8}}}
-    config['data'] |= {'train': 64, 'test': 40}
+    config['data'] |= {'train': 60, 'test': 40}
     config['arguments'] = config['arguments'] | {'methods': ['AT', 'ANP-VS'], 'inits': 1, 'changes': BRIEF}
     (tmp_path / 'f.json').write_text(json.dumps(config))
     words = ['run', 'adversarial_pruning', '--config', str(tmp_path / 'f.json'), '--out', str(tmp_path), '--quiet']

@@ -370,9 +370,7 @@ def choose(rule, values):
 def test_neither_the_unit_nor_the_order_matters(rule, values, power, data):
     chosen = choose(rule, values)
     assert (choose(rule, values * 2.0**power) == chosen).all(), 'another unit'
-    assert (
-        choose(rule, values * 3.7) == chosen
-    ).all() or rule == 'significance'  # rounding makes or breaks ties of ranks
+    assert (choose(rule, values * 3) == chosen).all() or rule == 'significance'  # rounding makes or breaks ties of ranks
     samples = data.draw(st.permutations(range(values.shape[1])))
     if rule == 'above_noise':
         noise = np.roll(values, 1)
