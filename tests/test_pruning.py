@@ -382,7 +382,8 @@ def trained_on(path: Path | None):
 
 def test_killed_in_a_step_it_ends_with_the_same_bits(tmp_path):
     path = tmp_path / 'training.safetensors'
-    killed = subprocess.run([sys.executable, __file__, 'die', str(path)], capture_output=True, text=True)
+    beside = os.environ | {'PYTHONPATH': str(Path(__file__).parent)}  # even if Python does not look beside scripts
+    killed = subprocess.run([sys.executable, __file__, 'die', str(path)], capture_output=True, text=True, env=beside)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert load_state(path)['step'] == 8
     resumed, straight = trained_on(path), trained_on(None)
