@@ -73,7 +73,7 @@ def _mean_keep(a: Tensor, b: Tensor) -> Tensor:
 # %% ../nbs/60_dropout.ipynb #cc93fce9
 def _softplus(x: Tensor) -> Tensor:
     "log(1 + exp(x)). `F.softplus` would count among the activations of the network."
-    return torch.logaddexp(x, torch.zeros_like(x))
+    return torch.where(x > 20, x, torch.log1p(torch.exp(x.clamp(max=20))))
 
 class _KeepProbabilities(nn.Module):
     "What is known about how often each unit is kept: Kumaraswamy distributions, whose parameters are learned."
