@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .anpvs import Comparison, _plan, compare
+from .anpvs import DefenceComparison, _plan, compare
 from .attacks import APGD, FGSM, PGD
 from .attribution import as_method, relevance
 from .coverage import CRITERIA, Coverage, Criterion, _walk, as_criterion
@@ -40,7 +40,7 @@ from .histories import History, _born, _builder, _check_wanted, _inits, history,
 from .idc import IDC
 from .minimal import CW, DeepFool
 from .noises import Perturbation, _into, _plain_setting, _without_address, named
-from .plans import Plan
+from .plans import DefencePlan
 from .plots import COLORS, _fold, curves, figure, heatmap, panels, style
 from .results import Records, Result
 from .stats import Interval, bootstrap_mean, mean_of_runs, pearson, pielou, rank_agreement
@@ -1159,7 +1159,7 @@ def adversarial_pruning(
     train,  # the images to learn from: a `DataSet`, a pair (x, y), or a data loader
     test,  # images to judge by: a `DataSet`, a pair (x, y), or an iterable of (x, y) batches
     methods: str | Sequence[str] | Mapping = ('AT', 'AT-VS', 'ANP', 'ANP-VS'),  # in `DEFENCES`, or label -> [name, changes]
-    plan: Plan | str = 'mnist',  # what the methods share, or its name in `PLANS`
+    plan: DefencePlan | str = 'mnist',  # what the methods share, or its name in `PLANS`
     changes: Mapping | None = None,  # fields of the plan that are different, for all methods: {'eps': 0.1}
     seeds: int | Sequence[int] = 1,  # trainings of each method from `model`, or the numbers of their seeds
     inits: int | Sequence[int] | None = None,  # networks to start from that are made here, or their numbers; None: from `model`
@@ -1167,16 +1167,16 @@ def adversarial_pruning(
     jobs: int | None = None,  # trainings at a time, see `sweeps.sweep`
     seed: int = 0,  # first of the seeds where `seeds` says how many
     show_progress: bool = True,  # a bar over the trainings
-) -> Comparison:
+) -> DefenceComparison:
     "How accurate, how vulnerable and how large networks are after training by several methods from equal starts."
     start, numbers = _starts(model, inits, seeds, seed)
     return compare(start, train, _held(test), methods, _changed(plan, changes), numbers, folder=folder, jobs=jobs,
                    show_progress=show_progress)
 
 # %% ../nbs/69_studies.ipynb #88b04875
-def _changed(plan: Plan | str, changes: Mapping | None) -> Plan:
+def _changed(plan: DefencePlan | str, changes: Mapping | None) -> DefencePlan:
     "A plan with other values in some of its fields."
-    fields, changes = Plan.__dataclass_fields__, {} if changes is None else dict(changes)
+    fields, changes = DefencePlan.__dataclass_fields__, {} if changes is None else dict(changes)
     if strange := [name for name in changes if name not in fields]:
         raise ValueError(f'a plan has no {strange[0]!r}; there are {", ".join(fields)}')
     return replace(_plan(plan), **changes)

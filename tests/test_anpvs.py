@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 from robustnb import anpvs, training
-from robustnb.anpvs import Comparison, compare, judge, published, sizes, stronger
+from robustnb.anpvs import DefenceComparison, compare, judge, published, sizes, stronger
 from robustnb.attacks import APGD, FGSM, PGD, WorstOf
 from robustnb.data import DataSet, load_data
 from robustnb.evaluation import evaluate, predict
 from robustnb.magnitudes import prune_units
 from robustnb.models import build
-from robustnb.plans import PLANS, Plan, Trained, train_method
+from robustnb.plans import PLANS, DefencePlan, Trained, train_method
 from robustnb.pruning import Collapse
 from robustnb.results import Result
 from robustnb.stats import bootstrap_mean, mean_of_runs
 from robustnb.suppression import vulnerability
 from robustnb.training import trained
 
-PLAN = Plan(eps=0.1, steps=2, epochs=3, tune=1, batch_size=12, mask_lr=0.7, beta=0.2, warm=4, lr=3e-3, judge_steps=3,
+PLAN = DefencePlan(eps=0.1, steps=2, epochs=3, tune=1, batch_size=12, mask_lr=0.7, beta=0.2, warm=4, lr=3e-3, judge_steps=3,
             judge_step=0.04)
 TRAIN, TEST = (part.take(n) for part, n in zip(load_data('digits'), (120, 40), strict=True))
 CHEAP = WorstOf([FGSM(0.1), PGD(0.1, steps=2, loss='margin')])
@@ -37,7 +37,7 @@ def tiny(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 10))
 
 
-def side_by_side(methods=('AT', 'ANP-VS', 'AT + magnitude'), seeds=(0, 1), plan=PLAN, model=tiny, **more) -> Comparison:
+def side_by_side(methods=('AT', 'ANP-VS', 'AT + magnitude'), seeds=(0, 1), plan=PLAN, model=tiny, **more) -> DefenceComparison:
     return compare(model, TRAIN, TEST, methods, plan, seeds, **{'worst': CHEAP, 'show_progress': False} | more)
 
 
@@ -60,7 +60,7 @@ def no_training(monkeypatch):
     monkeypatch.setattr(anpvs, 'train_method', lambda *args, **kwargs: pytest.fail('trained again'))
 
 
-def equal(a: Comparison, b: Comparison) -> bool:
+def equal(a: DefenceComparison, b: DefenceComparison) -> bool:
     one, other = (found.dataset.drop_vars('seconds of training', errors='ignore') for found in (a, b))  # others each time
     return one.identical(other) and a.settings == b.settings
 
@@ -166,7 +166,7 @@ def test_the_range_of_the_data_is_that_of_the_attacks():
 
 
 def test_what_is_stronger():
-    attack = stronger(Plan(eps=0.2, judge_steps=7))
+    attack = stronger(DefencePlan(eps=0.2, judge_steps=7))
     assert attack.attacks == (APGD(0.2, steps=7, keep_going=False), APGD(0.2, steps=7, loss='dlr', keep_going=False),
                               PGD(0.2, 7, 0.02, loss='margin', keep_going=False))
 
@@ -327,9 +327,9 @@ def test_differences_on_the_same_images(whole):
 def test_a_comparison_in_a_file_and_in_a_figure(whole, tmp_path):
     found, _ = whole
     found.save(tmp_path / 'comparison.safetensors')
-    for kind in (Comparison, Result):
+    for kind in (DefenceComparison, Result):
         again = kind.load(tmp_path / 'comparison.safetensors')
-        assert isinstance(again, Comparison) and equal(again, found) and again.runs().equals(found.runs())
+        assert isinstance(again, DefenceComparison) and equal(again, found) and again.runs().equals(found.runs())
     assert found.settings['methods']['AT + magnitude'] == ['AT + magnitude', {'parameters': 'ANP-VS'}]
     assert found.settings['plan']['eps'] == 0.1 and 'clean' in found._repr_html_()
     fig = found.plot()

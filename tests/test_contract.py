@@ -360,7 +360,7 @@ def with_masks(model, use):
         assert_untouched(before, masked)
 
 
-BRIEF = plans.Plan(eps=0.05, steps=1, epochs=2, tune=1, judge_steps=1)
+BRIEF = plans.DefencePlan(eps=0.05, steps=1, epochs=2, tune=1, judge_steps=1)
 PRUNING_USES = {
     'dead_layers': pruning.dead_layers, 'BayesianPruning.groups': pruning.BayesianPruning(samples=6).groups,
     'AdversarialPruning.groups': pruning.AdversarialPruning(samples=6).groups,

@@ -18,12 +18,20 @@ from robustnb.data import DataSet
 from robustnb.defences import TRADES
 from robustnb.dropout import BetaBernoulliDropout
 from robustnb.magnitudes import ADMM, weight_sparsity
-from robustnb.plans import DEFENCES, PLANS, Plan, published_cifar_attack, shift_and_flip, standardised, train_method
+from robustnb.plans import (
+    DEFENCES,
+    PLANS,
+    DefencePlan,
+    published_cifar_attack,
+    shift_and_flip,
+    standardised,
+    train_method,
+)
 from robustnb.pruning import AdversarialPruning, Balanced, BayesianPruning
 from robustnb.suppression import suppress
 from robustnb.training import Adversarial, Ramped, Standard
 
-PLAN = Plan(eps=0.1, steps=2, epochs=3, tune=1, batch_size=16, ramp=0.5, clean_weight=0.25, beta=2.0)
+PLAN = DefencePlan(eps=0.1, steps=2, epochs=3, tune=1, batch_size=16, ramp=0.5, clean_weight=0.25, beta=2.0)
 PER_EPOCH, CUTS = 3, {'BP', 'ANP', 'ANP-VS', 'AT + magnitude'}
 MASKED = {'BP', 'ANP', 'ANP-VS'}
 
@@ -40,7 +48,7 @@ def data(n: int = 40, **settings) -> DataSet:
     return DataSet(x, (x.mean((1, 2, 3)) * 30).long() % 3, **settings)
 
 
-def learn(name: str, plan: Plan = PLAN, start: nn.Module | None = None, train=None, **how):
+def learn(name: str, plan: DefencePlan = PLAN, start: nn.Module | None = None, train=None, **how):
     start, train = small() if start is None else start, data() if train is None else train
     return train_method(name, start, train, plan, show_progress=False, **how)
 
@@ -305,9 +313,9 @@ def test_errors_that_teach():
 ])  # fmt: skip
 def test_plans_that_mean_nothing(settings, words):
     with pytest.raises(ValueError, match=words):
-        Plan(**settings)
+        DefencePlan(**settings)
     with pytest.raises(ValueError, match=words):
-        replace(Plan(), **settings)
+        replace(DefencePlan(), **settings)
 
 
 PUBLISHED = {  # spec 1.5 and 1.2, written out
@@ -338,7 +346,7 @@ def test_published_settings(name, mode):
 
 def test_the_plans():
     assert list(PLANS) == ['mnist', 'cifar', *(f'{name} {mode}' for name in PUBLISHED for mode in ('base', 'bbd'))]
-    assert PLANS['mnist'] == Plan() and {f.name for f in fields(Plan)} == set(vars(Plan()))
+    assert PLANS['mnist'] == DefencePlan() and {f.name for f in fields(DefencePlan)} == set(vars(DefencePlan()))
     cifar = PLANS['cifar']
     assert (cifar.eps, cifar.judge_step, cifar.augment, cifar.autocast) == (8 / 255, 2 / 255, shift_and_flip, torch.bfloat16)
 

@@ -614,14 +614,14 @@ def test_fragility_from_birth(halves, tmp_path):
 
 def test_adversarial_pruning_is_the_comparison(model, halves):
     from robustnb.anpvs import compare
-    from robustnb.plans import Plan
+    from robustnb.plans import DefencePlan
 
     methods = {'AT': 'AT', 'cheap': ['ANP', {'beta': 0.1}]}
     found = adversarial_pruning(model, *halves, methods, changes=BRIEF, seeds=2, seed=3, **SILENT)
-    same = compare(model, *halves, {'AT': 'AT', 'cheap': ('ANP', {'beta': 0.1})}, Plan(**BRIEF), (3, 4), **SILENT)
+    same = compare(model, *halves, {'AT': 'AT', 'cheap': ('ANP', {'beta': 0.1})}, DefencePlan(**BRIEF), (3, 4), **SILENT)
     assert timeless(found.runs()).equals(timeless(same.runs())) and found.runs().seed.tolist() == [3, 4, 3, 4]
     assert 'black box' not in found.runs() and found.settings['plan']['eps'] == 0.1
-    listed = adversarial_pruning(model, *halves, 'AT', Plan(**BRIEF), seeds=np.array([4]), **SILENT)
+    listed = adversarial_pruning(model, *halves, 'AT', DefencePlan(**BRIEF), seeds=np.array([4]), **SILENT)
     assert timeless(listed.runs()).equals(timeless(same.runs())[1:2].reset_index(drop=True))
     with pytest.raises(TypeError, match='without `inits` the model is a network'):
         adversarial_pruning('digits_cnn', *halves, 'AT', **SILENT)
