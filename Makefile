@@ -90,8 +90,8 @@ parity: bench-env  ## attacks, layer analysis and coverage give the same numbers
 		--durations=5 $(ARGS)
 
 .PHONY: experiments
-experiments: $(DEV)  ## train and judge again what nbs/experiments shows: two hours on two cores; ROBUSTNB_DATA names the folder of MNIST
-	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb nbs/experiments/layerwise_training.ipynb nbs/experiments/coverage_of_suites.ipynb nbs/experiments/which_units_matter.ipynb nbs/experiments/fragile_links.ipynb
+experiments: $(DEV)  ## train and judge again what nbs/experiments shows: three hours on two cores; ROBUSTNB_DATA names the folder of MNIST
+	@ROBUSTNB_COMPUTE=1 $(BIN)/python tools/run_notebooks.py nbs/experiments/adversarial_training.ipynb nbs/experiments/layerwise_training.ipynb nbs/experiments/coverage_of_suites.ipynb nbs/experiments/which_units_matter.ipynb nbs/experiments/fragile_links.ipynb nbs/experiments/adversarial_pruning.ipynb
 
 .PHONY: bench
 bench: bench-env  ## how long attacks, layer analysis, coverage, importance, synaptic filters and pruning take, here and in other libraries; BENCHES=lsa ARGS='--rounds 3' picks

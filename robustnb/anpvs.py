@@ -357,7 +357,7 @@ def _arms(methods: Sequence[str] | Mapping, plan: DefencePlan) -> dict[str, tupl
     return found
 
 # %% ../nbs/68_anpvs.ipynb #647ac910
-_SHARED = {'warm', 'judge_steps', 'judge_step'}  # of all methods, whatever one of them changes
+_SHARED = {'start_epochs', 'judge_steps', 'judge_step'}  # of all methods, whatever one of them changes
 
 def _arm(label: str, one, plan: DefencePlan) -> tuple[str, dict]:
     "Method and changes of the plan of one arm, if they mean something."
@@ -403,10 +403,11 @@ def _start(seed: int, model, train, plan: DefencePlan, folder: Path) -> nn.Modul
     if isinstance(model, nn.Module):
         return model
     net = model(seed)
-    if not plan.warm:
+    if not plan.start_epochs:
         return net.eval()
-    return _fitted(net, train, Standard(augment=plan.augment), plan.warm, plan, seed, Path(folder) / f'start-{seed}.safetensors',
-                   'constant', show_progress=False).model
+    file = Path(folder) / f'start-{seed}.safetensors'
+    return _fitted(net, train, Standard(augment=plan.augment), plan.start_epochs, plan, seed, file, 'constant',
+                   show_progress=False).model
 
 # %% ../nbs/68_anpvs.ipynb #a0cafb74
 def _one(label: str, method: str, seed: int, changes: dict, model, train, test, plan: DefencePlan, worst, folder: Path) -> dict:

@@ -95,8 +95,9 @@ EXAMPLES: dict[str, dict] = {  # study -> arguments that are small enough for a 
                   'filters': ['high', 'low', {'filter': 'random', 'like': 'low'}], 'inits': None, 'epochs': 10, 'every': 5,
                   'training': {'batch_size': 32}},
     'adversarial_pruning': {'methods': {'AT': 'AT', 'ANP-VS': 'ANP-VS', 'ANP-VS, price 2': ['ANP-VS', {'beta': 2.0}]},
-                            'plan': 'mnist', 'changes': {'eps': 0.1, 'steps': 2, 'epochs': 4, 'tune': 1, 'batch_size': 16,
-                                                         'mask_lr': 0.5, 'judge_steps': 10}, 'seeds': 1, 'inits': None},
+                            'plan': 'mnist', 'changes': {'eps': 0.1, 'attack_steps': 2, 'epochs': 4, 'tuning_epochs': 1,
+                                                         'batch_size': 16, 'mask_lr': 0.5, 'judge_steps': 10},
+                            'seeds': 1, 'inits': None},
 }
 _FOLDERS = {'fragility': 'snapshots', 'adversarial_pruning': 'trainings'}  # where a study keeps what it trains, below the results
 

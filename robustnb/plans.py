@@ -42,10 +42,10 @@ log = logging.getLogger(__name__)
 class DefencePlan:
     "What all methods of a comparison share."
     eps: float = 0.3  # strength of the attack, in the input's units
-    steps: int = 7  # of the attack in training
-    step: float | None = None  # size of one; None for 2.5 * eps / steps
+    attack_steps: int = 7  # of the attack in training
+    attack_step: float | None = None  # size of one; None for 2.5 * eps / attack_steps
     epochs: int = 10  # of every method
-    tune: int = 2  # of them, the last ones of methods that cut, in which the plain smaller network is trained
+    tuning_epochs: int = 2  # of them, the last ones of methods that cut, in which the plain smaller network is trained
     batch_size: int = 64  # samples per step
     lr: float = 4e-3  # learning rate of Adam for the weights
     mask_lr: float = 0.1  # and for the masks
@@ -54,19 +54,19 @@ class DefencePlan:
     ramp: float = 0.2  # share of the steps over which attack and price grow, 0 to 1
     clean_weight: float = 1 / 3  # weight of the clean loss in adversarial training
     beta: float = 1.0  # price of a unit
-    start: float = 0.75  # keep-probability of all units at the start
+    keep: float = 0.75  # keep-probability of all units at the start
     suppression: float | None = None  # lambda, the weight of the vulnerability; None: by `ratio`
     ratio: float = 0.15  # length of its gradient, as a share of that of the loss
     form: str = 'mean'  # of the vulnerability, see `suppress`
-    divergence: float = 6.0  # weight of the divergence in TRADES
-    sparsity: float = 0.8  # share of weights that ADMM prunes
+    trades_weight: float = 6.0  # weight of the divergence in TRADES
+    admm_sparsity: float = 0.8  # share of weights that ADMM prunes
     parameters: float = 0.6  # share of the parameters that pruning by magnitude leaves
-    deviation: float = 0.1  # of the prior of Gaussian weights
+    prior_deviation: float = 0.1  # of the prior of Gaussian weights
     rho: float = -3.0  # at the start of Gaussian weights: their own deviation is log(1 + exp(rho))
     augment: Callable | None = None  # images (batch, ...) -> images, applied to every batch; such as `shift_and_flip`
     autocast: torch.dtype | None = None  # type for the attack: torch.bfloat16 where the machine is fast at it
     channels_last: bool = True  # layout of convolutions: faster on most machines
-    warm: int = 5  # epochs of standard training before, where a start has to be made
+    start_epochs: int = 5  # epochs of standard training before, where a start has to be made
     judge_steps: int = 40  # of PGD, when a network is judged
     judge_step: float | None = 0.01  # size of one
 
@@ -76,29 +76,30 @@ class DefencePlan:
 # %% ../nbs/66_plans.ipynb #ccbab1ff
 def _check_plan(plan: DefencePlan) -> None:
     "An error for numbers that mean nothing."
-    for name, least in (('steps', 1), ('epochs', 1), ('tune', 0), ('batch_size', 1), ('warm', 0), ('judge_steps', 1)):
+    for name, least in _COUNTS.items():
         value = getattr(plan, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f'{name} is a whole number from {least}, got {value!r}')
-    if plan.tune >= plan.epochs:
-        raise ValueError(f'tune are the last of all epochs, so fewer than epochs={plan.epochs}; got {plan.tune}')
+    if plan.tuning_epochs >= plan.epochs:
+        raise ValueError(f'tuning_epochs are the last of all, so fewer than epochs={plan.epochs}; got {plan.tuning_epochs}')
     for name, ends in _SHARES.items():
         value = getattr(plan, name)
         if not _is_number(value) or not (0 < value < 1 or value == 0 and ends[0] == '[' or value == 1 and ends[1] == ']'):
             raise ValueError(f'{name} is a share in {ends[0]}0, 1{ends[1]}, got {value!r}')
     for name, least in _AMOUNTS.items():
         value = getattr(plan, name)
-        if value is None and name in ('step', 'judge_step'):
+        if value is None and name in ('attack_step', 'judge_step'):
             continue
         if not _is_number(value) or not 0 <= value < inf or value == 0 and least == 'above 0':
             raise ValueError(f'{name} is a finite number, {least}; got {value!r}')
-    PGD(plan.eps, plan.steps, plan.step, autocast=plan.autocast), PGD(plan.eps, plan.judge_steps, plan.judge_step)
+    PGD(plan.eps, plan.attack_steps, plan.attack_step, autocast=plan.autocast), PGD(plan.eps, plan.judge_steps, plan.judge_step)
     suppress(1.0 if plan.suppression is None else plan.suppression, plan.form), _schedule(plan.schedule)
 
 # %% ../nbs/66_plans.ipynb #b8a495f4
-_SHARES = {'ramp': '[]', 'clean_weight': '[]', 'sparsity': '[)', 'parameters': '(]', 'start': '()'}  # with or without the ends
-_AMOUNTS = dict.fromkeys(['lr', 'mask_lr', 'deviation', 'step', 'judge_step'], 'above 0') | dict.fromkeys(
-    ['beta', 'weight_decay', 'ratio', 'divergence'], 'at least 0')
+_COUNTS = {'attack_steps': 1, 'epochs': 1, 'tuning_epochs': 0, 'batch_size': 1, 'start_epochs': 0, 'judge_steps': 1}
+_SHARES = {'ramp': '[]', 'clean_weight': '[]', 'admm_sparsity': '[)', 'parameters': '(]', 'keep': '()'}  # which ends
+_AMOUNTS = dict.fromkeys(['lr', 'mask_lr', 'prior_deviation', 'attack_step', 'judge_step'], 'above 0') | dict.fromkeys(
+    ['beta', 'weight_decay', 'ratio', 'trades_weight'], 'at least 0')
 
 def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -138,12 +139,13 @@ class _Job(NamedTuple):
     def attack(self, **more) -> Perturbation | Ramped:
         "The attack of the plan, that grows if it is to."
         plan = self.plan
-        found = PGD(plan.eps, plan.steps, plan.step, bounds=self.bounds, seed=self.seed, autocast=plan.autocast, **more)
+        found = PGD(plan.eps, plan.attack_steps, plan.attack_step, bounds=self.bounds, seed=self.seed, autocast=plan.autocast,
+                    **more)
         return Ramped(found, self.ramp) if self.ramp and self.grows else found
 
     def masked(self) -> nn.Module:
         "The network with masks."
-        return insert_masks(self.net, self.example, start=self.plan.start)
+        return insert_masks(self.net, self.example, start=self.plan.keep)
 
 # %% ../nbs/66_plans.ipynb #4d50ab85
 def _at(job: _Job, attack=None, **more) -> Adversarial:
@@ -187,7 +189,7 @@ def _bp(job: _Job) -> BayesianPruning:
 def _admm(job: _Job) -> ADMM:
     "Adversarial training with ADMM by the plan; the second half trains what is left."
     cut = max(1, job.epochs * job.per_epoch // 2)
-    return ADMM(_at(job), cut, job.plan.sparsity, every=max(1, cut // 15))
+    return ADMM(_at(job), cut, job.plan.admm_sparsity, every=max(1, cut // 15))
 
 def _bnn(job: _Job) -> Adversarial:
     "Adversarial training of Gaussian weights; the published loss gives a hundredth of its weight to the divergence."
@@ -195,7 +197,7 @@ def _bnn(job: _Job) -> Adversarial:
 
 def _gaussian(job: _Job) -> nn.Module:
     "The network with Gaussian weights."
-    return gaussian_weights(job.net, start=job.plan.rho, prior=job.plan.deviation)
+    return gaussian_weights(job.net, start=job.plan.rho, prior=job.plan.prior_deviation)
 
 def _slimmed(net: nn.Module, job: _Job) -> nn.Module:
     "The smaller network; or Collapse, which may have come with the last steps, when no other step looks."
@@ -217,7 +219,7 @@ DEFENCES: dict[str, Defence] = {
     'BP': Defence(_bp, _Job.masked, _slimmed, cuts=True, tuning=_standard),
     'AT': Defence(_at),
     'AT-VS': Defence(_at_vs),
-    'TRADES': Defence(lambda job: TRADES(job.attack(loss='kl'), job.plan.divergence, augment=job.plan.augment)),
+    'TRADES': Defence(lambda job: TRADES(job.attack(loss='kl'), job.plan.trades_weight, augment=job.plan.augment)),
     'ANP': Defence(_anp, _Job.masked, _slimmed, cuts=True),
     'ANP-VS': Defence(_anp_vs, _Job.masked, _slimmed, cuts=True, tuning=_at_vs),
     'ADMM': Defence(_admm),
@@ -303,11 +305,12 @@ def train_method(
     except Collapse as error:
         log.warning('%s: %s', name, error)
         return Trained(name, None, collapsed=str(error))
-    if not method.cuts or not plan.tune:
+    if not method.cuts or not plan.tuning_epochs:
         return _told(Trained(name, plain.eval(), first.model, first.history), train)
     rest = job._replace(seed=job.seed + job.epochs * job.per_epoch, grows=False)  # the attack's dice go on where they were
-    second = _fitted(plain, train, method.tuning(rest), plan.tune, file=file and file.with_suffix('.tuned' + file.suffix),
-                     schedule=_part(plan.schedule, share, 1), **how | {'seed': seed + 1_000_000})  # other orders of batches
+    beside = file and file.with_suffix('.tuned' + file.suffix)
+    second = _fitted(plain, train, method.tuning(rest), plan.tuning_epochs, file=beside, schedule=_part(plan.schedule, share, 1),
+                     **how | {'seed': seed + 1_000_000})  # other orders of batches
     history = [*first.history, *({'stage': 2} | entry for entry in second.history)]
     return _told(Trained(name, second.model, first.model, history), train)
 
@@ -333,7 +336,7 @@ def _job(method: Defence, start: nn.Module, train, plan: DefencePlan, seed: int)
         raise ValueError('the price of a unit is shared by all samples, so the data must have a length, and not be empty')
     with seeded(0):  # a loader that shuffles draws
         example = next(iter(batches(train, 8, device_of(start)))).x
-    epochs = plan.epochs - plan.tune if method.cuts else plan.epochs
+    epochs = plan.epochs - plan.tuning_epochs if method.cuts else plan.epochs
     return _Job(plan, deepcopy(start), example, samples, epochs, per_epoch, bounds_of(train), seed * _APART)
 
 # %% ../nbs/66_plans.ipynb #c8b7ff60
@@ -343,21 +346,21 @@ def _dropped(done: float, first: float, second: float) -> float:
 
 def _published(eps: float, step: float, steps: int, second: float, **more) -> dict[str, DefencePlan]:
     "The plans of the published code for a data set, without masks and with them."
-    base = DefencePlan(eps, steps, step, epochs=200, tune=0, lr=1e-3, mask_lr=1e-2, ramp=0.0, warm=0, judge_step=step,
-                schedule=partial(_dropped, first=0.5, second=second), **more)
-    return {'base': base, 'bbd': replace(base, warm=200)}
+    base = DefencePlan(eps, steps, step, epochs=200, tuning_epochs=0, lr=1e-3, mask_lr=1e-2, ramp=0.0, start_epochs=0,
+                       judge_step=step, schedule=partial(_dropped, first=0.5, second=second), **more)
+    return {'base': base, 'bbd': replace(base, start_epochs=200)}
 
 # %% ../nbs/66_plans.ipynb #cd70c8e3
 PLANS: dict[str, DefencePlan] = {  # name -> plan
     'mnist': DefencePlan(),  # LeNet-5-Caffe on some thousand images, minutes on a CPU
-    'cifar': DefencePlan(8 / 255, steps=10, epochs=60, tune=10, batch_size=128, warm=30, augment=shift_and_flip, lr=1e-3,
-                         mask_lr=0.02, autocast=torch.bfloat16, judge_step=2 / 255),  # VGG-16 in pixel space, for a GPU
+    'cifar': DefencePlan(8 / 255, attack_steps=10, epochs=60, tuning_epochs=10, batch_size=128, lr=1e-3, mask_lr=0.02,
+                         augment=shift_and_flip, autocast=torch.bfloat16, start_epochs=30, judge_step=2 / 255),  # VGG-16, a GPU
     **{f'mnist {mode}': plan for mode, plan in _published(
-        0.3, 0.01, 20, 0.7, beta=4.0, suppression=1e-3, start=0.239, deviation=1.0).items()},
+        0.3, 0.01, 20, 0.7, beta=4.0, suppression=1e-3, keep=0.239, prior_deviation=1.0).items()},
     **{f'cifar10 {mode}': plan for mode, plan in _published(
-        0.03, 0.007, 10, 0.8, beta=2.0, suppression=1e-4, start=0.68, rho=-5.0, augment=shift_and_flip).items()},
+        0.03, 0.007, 10, 0.8, beta=2.0, suppression=1e-4, keep=0.68, rho=-5.0, augment=shift_and_flip).items()},
     **{f'cifar100 {mode}': plan for mode, plan in _published(
-        0.03, 0.007, 10, 0.8, beta=1.0, suppression=0.1, start=0.68, rho=-5.0, augment=shift_and_flip).items()},
+        0.03, 0.007, 10, 0.8, beta=1.0, suppression=0.1, keep=0.68, rho=-5.0, augment=shift_and_flip).items()},
 }
 
 # %% ../nbs/66_plans.ipynb #acea2292

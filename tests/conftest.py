@@ -44,7 +44,8 @@ def in_two_processes(request, tmp_path_factory) -> Path:
     "The folder where two processes under torchrun, which ran the test's own file as a script, have left what they found."
     folder = tmp_path_factory.mktemp('processes')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', request.path, folder]
-    found = subprocess.run(command, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    beside = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parent)}  # even if Python does not look beside scripts
+    found = subprocess.run(command, env=os.environ | beside, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-4000:]
     return folder
 

@@ -25,7 +25,8 @@ from robustnb.stats import bootstrap_mean, mean_of_runs
 from robustnb.suppression import vulnerability
 from robustnb.training import trained
 
-PLAN = DefencePlan(eps=0.1, steps=2, epochs=3, tune=1, batch_size=12, mask_lr=0.7, beta=0.2, warm=4, lr=3e-3, judge_steps=3,
+PLAN = DefencePlan(eps=0.1, attack_steps=2, epochs=3, tuning_epochs=1, batch_size=12, mask_lr=0.7, beta=0.2, start_epochs=4,
+                   lr=3e-3, judge_steps=3,
             judge_step=0.04)
 TRAIN, TEST = (part.take(n) for part, n in zip(load_data('digits'), (120, 40), strict=True))
 CHEAP = WorstOf([FGSM(0.1), PGD(0.1, steps=2, loss='margin')])
@@ -338,8 +339,8 @@ def test_a_comparison_in_a_file_and_in_a_figure(whole, tmp_path):
 
 
 def test_collapses_are_told():
-    dead = ('ANP', {'start': 5e-4})
-    late = 'ANP', {'start': 1.1e-3, 'mask_lr': 0.2, 'beta': 100.0, 'ramp': 0.0}
+    dead = ('ANP', {'keep': 5e-4})
+    late = 'ANP', {'keep': 1.1e-3, 'mask_lr': 0.2, 'beta': 100.0, 'ramp': 0.0}
     mag = 'AT + magnitude', {'parameters': 'dead'}
     found = side_by_side({'fine': 'AT', 'dead': dead, 'late': late, 'mag': mag}, (3,))
     runs, table = found.runs().set_index('method'), found.table()
@@ -357,7 +358,8 @@ def test_collapses_are_told():
 
 def test_labels_with_strange_characters_keep_apart(tmp_path):
     strange = ['a/b', 'a:b', 'a_b', 'A_b', '../up', 'ü' * 200, ' ', 'AT.tuned', 'start-0']
-    methods = {label: ('AT', {'lr': 1e-3 * (1 + number), 'epochs': 1, 'tune': 0}) for number, label in enumerate(strange)}
+    methods = {label: ('AT', {'lr': 1e-3 * (1 + number), 'epochs': 1, 'tuning_epochs': 0})
+               for number, label in enumerate(strange)}
     start, source = tiny(5), tiny(6)
     found = side_by_side(methods, (0,), model=start, source=source, folder=tmp_path / 'kept')
     assert [*tmp_path.iterdir()] == [tmp_path / 'kept']
@@ -394,7 +396,8 @@ def test_one_arm_follows_another_by_label():
 
 @pytest.mark.slow
 def test_two_processes_find_the_same():
-    how = dict(model=partial(build, 'digits_cnn'), plan=replace(PLAN, epochs=2, warm=1), methods=('AT', 'ANP-VS'), seeds=(0, 1))
+    how = dict(model=partial(build, 'digits_cnn'), plan=replace(PLAN, epochs=2, start_epochs=1),
+               methods=('AT', 'ANP-VS'), seeds=(0, 1))
     one, two = (side_by_side(jobs=jobs, **how) for jobs in (1, 2))
     assert equal(one, two)
 
@@ -408,7 +411,7 @@ def test_two_processes_find_the_same():
     ({'methods': {'': 'AT'}}, ValueError, 'a label is a word'),
     ({'methods': {'source of the black box': 'AT'}}, ValueError, 'other than'),
     ({'methods': {'a': ('AT', {'gamma': 1})}}, ValueError, "a plan has no 'gamma'"),
-    ({'methods': {'a': ('AT', {'warm': 0})}}, ValueError, 'all methods share'),
+    ({'methods': {'a': ('AT', {'start_epochs': 0})}}, ValueError, 'all methods share'),
     ({'methods': {'a': ('AT', {'judge_step': 0.1})}}, ValueError, 'all methods share'),
     ({'methods': {'a': ('AT', {'epochs': 0})}}, ValueError, 'epochs is a whole'),
     ({'methods': {'a': ('AT + magnitude', {'parameters': 'b'})}}, ValueError, 'no other method here'),

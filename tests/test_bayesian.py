@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interruptions import stop_at
 from masked_nets import Sum
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from robustnb import training
 from robustnb.attacks import PGD
 from robustnb.bayesian import Ensemble, WeightPrior, gaussian_weights, mean_weights, one_draw, weight_kl, weight_mode
 from robustnb.checkpoints import load_state
@@ -241,19 +241,6 @@ def test_draws_of_a_step():
         with one_draw(net):
             expected = F.cross_entropy(net(batch.x), batch.y)
             assert trades.loss(net, batch, 0).item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    "The step of this number is interrupted, the first time."
-    take, left = training._Trainer.__call__, [step]
-
-    def impatient(self, *args):
-        if self.step == step and left:
-            left.clear()
-            raise KeyboardInterrupt
-        return take(self, *args)
-
-    monkeypatch.setattr(training._Trainer, '__call__', impatient)
 
 
 @pytest.mark.parametrize('every', [None, 3])

@@ -236,7 +236,8 @@ def cases(p) -> dict:
         'studies.overhead': lambda m: studies.overhead(m, DATA, DATA, ['NC'], **quiet),
         'studies.fragility': lambda m: studies.fragility(m, DATA, DATA, attacks.FGSM(0.05), ['high'], 3, **quiet),
         'studies.adversarial_pruning': lambda m: studies.adversarial_pruning(
-            m, DATA, DATA, 'ANP-VS', changes={'eps': 0.1, 'steps': 1, 'epochs': 2, 'tune': 1, 'judge_steps': 2}, **quiet),
+            m, DATA, DATA, 'ANP-VS', **quiet,
+            changes={'eps': 0.1, 'attack_steps': 1, 'epochs': 2, 'tuning_epochs': 1, 'judge_steps': 2}),
         'fuzzing.fuzz': lambda m: fuzzing.fuzz(m, DATA, X, budget=10, generation=5, **quiet),
         'fuzzing.versus_luck': lambda m: fuzzing.versus_luck(m, DATA, X, 'NLC', ['gain', 'all'], 1, 0, 5, generation=5, **quiet),
         'cuts.Cuts.__init__': cut_everywhere,
@@ -360,7 +361,7 @@ def with_masks(model, use):
         assert_untouched(before, masked)
 
 
-BRIEF = plans.DefencePlan(eps=0.05, steps=1, epochs=2, tune=1, judge_steps=1)
+BRIEF = plans.DefencePlan(eps=0.05, attack_steps=1, epochs=2, tuning_epochs=1, judge_steps=1)
 PRUNING_USES = {
     'dead_layers': pruning.dead_layers, 'BayesianPruning.groups': pruning.BayesianPruning(samples=6).groups,
     'AdversarialPruning.groups': pruning.AdversarialPruning(samples=6).groups,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interruptions import stop_at
 from torch import nn
 
-from robustnb import training
 from robustnb.attacks import APGD, FGSM, PGD
 from robustnb.checkpoints import load_state, save_state
 from robustnb.data import Batch, DataSet
@@ -552,19 +552,6 @@ def test_weights_of_calls_that_were_chosen(batch):
         own.choices[-1]['layers'] = [layer]
         term = LayerRegularizer(layer, weight)(net, batch, x_adv, 0)
         assert torch.allclose(own.loss(net, batch, 0), own.objective.loss(net, batch, 0) + term)
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    "The step of this number is interrupted, the first time."
-    take, left = training._Trainer.__call__, [step]
-
-    def impatient(self, *args):
-        if self.step == step and left:
-            left.clear()
-            raise KeyboardInterrupt
-        return take(self, *args)
-
-    monkeypatch.setattr(training._Trainer, '__call__', impatient)
 
 
 HOW = {

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interruptions import stop_at
 from masked_nets import NETS, Sum, mlp
 from torch import nn
 
-from robustnb import training
 from robustnb.attacks import PGD
 from robustnb.checkpoints import load_state
 from robustnb.data import Batch, DataSet
@@ -159,19 +159,6 @@ def test_one_weight_stays_and_none_goes():
 def test_a_training_that_ends_too_early_has_no_zeros():
     result = fit(make_net(), make_data(), ADMM(Standard(), 6), epochs=1, **QUIET)
     assert weight_sparsity(result.model).sparsity.tolist()[-1] == 0 and not result.objective.masks
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    "The step of this number is interrupted, the first time."
-    take, left = training._Trainer.__call__, [step]
-
-    def impatient(self, *args):
-        if self.step == step and left:
-            left.clear()
-            raise KeyboardInterrupt
-        return take(self, *args)
-
-    monkeypatch.setattr(training._Trainer, '__call__', impatient)
 
 
 def with_a_memory():

@@ -31,7 +31,7 @@ from robustnb.pruning import AdversarialPruning, Balanced, BayesianPruning
 from robustnb.suppression import suppress
 from robustnb.training import Adversarial, Ramped, Standard
 
-PLAN = DefencePlan(eps=0.1, steps=2, epochs=3, tune=1, batch_size=16, ramp=0.5, clean_weight=0.25, beta=2.0)
+PLAN = DefencePlan(eps=0.1, attack_steps=2, epochs=3, tuning_epochs=1, batch_size=16, ramp=0.5, clean_weight=0.25, beta=2.0)
 PER_EPOCH, CUTS = 3, {'BP', 'ANP', 'ANP-VS', 'AT + magnitude'}
 MASKED = {'BP', 'ANP', 'ANP-VS'}
 
@@ -113,7 +113,7 @@ def test_each_method_takes_the_same_steps_and_gives_a_plain_network(name, steps)
     weights = [lr for _, lr, own in steps if own == decay and not (own == 0 and name in MASKED)]
     assert len(weights) + len(masks) == len(steps)
     np.testing.assert_allclose(weights, [PLAN.lr * rate for rate in rates], rtol=1e-9)
-    first = total - PER_EPOCH * PLAN.tune
+    first = total - PER_EPOCH * PLAN.tuning_epochs
     np.testing.assert_allclose(masks, [PLAN.mask_lr * rate for rate in rates[:first]] if name in MASKED else [], rtol=1e-9)
     assert [entry['epoch'] for entry in found.history] == ([1, 2, 1] if name in CUTS else [1, 2, 3])
     assert [entry.get('stage', 1) for entry in found.history] == ([1, 1, 2] if name in CUTS else [1, 1, 1])
@@ -209,7 +209,7 @@ def test_images_are_augmented_in_each_step(name):
 @pytest.mark.parametrize(('name', 'at'), [('ANP-VS', 4), ('ANP-VS', 10), ('ADMM', 4), ('AT-BNN', 5), ('AT + magnitude', 10),
                                           ('AT-VS', 4)])
 def test_an_interrupted_training_goes_on_to_the_same_bits(name, at, tmp_path, monkeypatch):
-    plan = replace(PLAN, epochs=4, tune=2)
+    plan = replace(PLAN, epochs=4, tuning_epochs=2)
     whole, file, taken = learn(name, plan), tmp_path / 'run.safetensors', []
     real = training._Trainer.__call__
 
@@ -241,8 +241,8 @@ def test_the_seed_decides_everything(name):
 
 
 @pytest.mark.parametrize(('plan', 'when'), [
-    (replace(PLAN, start=5e-4), 'at step 0'),  # all are off from the start
-    (replace(PLAN, start=1.1e-3, mask_lr=0.2, beta=100.0, ramp=0.0), 'at step 6'),  # after the only step at which training looks
+    (replace(PLAN, keep=5e-4), 'at step 0'),  # all are off from the start
+    (replace(PLAN, keep=1.1e-3, mask_lr=0.2, beta=100.0, ramp=0.0), 'at step 6'),  # after the only step at which training looks
 ])
 def test_a_collapse_is_told_and_not_raised(plan, when, caplog):
     with caplog.at_level(logging.WARNING, 'robustnb.plans'):
@@ -253,22 +253,22 @@ def test_a_collapse_is_told_and_not_raised(plan, when, caplog):
 
 
 def test_without_tuning_the_cut_network_is_what_comes_out(fits):
-    found = learn('AT + magnitude', replace(PLAN, tune=0))
+    found = learn('AT + magnitude', replace(PLAN, tuning_epochs=0))
     assert len(fits) == 1 and fits[0][3] == 3
     before, after = (sum(p.numel() for p in net.parameters()) for net in (found.before, found.model))
     assert after <= 0.6 * before and not found.model.training
-    whole = learn('AT + magnitude', replace(PLAN, tune=0, parameters=1)).model  # a share, and not one parameter
+    whole = learn('AT + magnitude', replace(PLAN, tuning_epochs=0, parameters=1)).model  # a share, and not one parameter
     assert sum(p.numel() for p in whole.parameters()) == before
 
 
 def test_admm_leaves_the_share_of_zeros():
-    zeros = weight_sparsity(learn('ADMM', replace(PLAN, sparsity=0.75)).model)
+    zeros = weight_sparsity(learn('ADMM', replace(PLAN, admm_sparsity=0.75)).model)
     assert zeros.sparsity.iloc[-1] == pytest.approx(0.75, abs=0.02)
 
 
 def test_weights_with_a_prior_begin_at_the_start_and_have_the_plans(fits):
     start = small()
-    found = learn('AT-BNN', replace(PLAN, deviation=0.3), start=start)
+    found = learn('AT-BNN', replace(PLAN, prior_deviation=0.3), start=start)
     first = fits[0][0]
     weight = first[0].parametrizations.weight
     assert torch.equal(weight.original, start[0].weight) and weight[0].prior == 0.3 and weight[0].rho.unique().tolist() == [-3]
@@ -301,14 +301,18 @@ def test_errors_that_teach():
 
 @pytest.mark.parametrize(('settings', 'words'), [
     ({'epochs': 0}, 'epochs is a whole'), ({'epochs': True}, 'epochs is a whole'), ({'epochs': 2.0}, 'epochs is a whole'),
-    ({'steps': 0}, 'steps is'), ({'tune': -1}, 'tune is'), ({'tune': 10}, 'fewer than epochs=10'), ({'warm': -1}, 'warm is'),
+    ({'attack_steps': 0}, 'attack_steps is'), ({'tuning_epochs': -1}, 'tuning_epochs is'),
+    ({'tuning_epochs': 10}, 'fewer than epochs=10'), ({'start_epochs': -1}, 'start_epochs is'),
     ({'batch_size': 0}, 'batch_size'), ({'judge_steps': 0}, 'judge_steps'), ({'ramp': 1.1}, 'ramp is a share'),
-    ({'ramp': math.nan}, 'ramp is a share'), ({'ramp': '1'}, 'ramp is a share'), ({'start': 0}, 'start is a share'),
-    ({'start': 1}, 'start is a share'), ({'sparsity': 1}, 'sparsity is a share'), ({'parameters': 0}, 'parameters is a share'),
+    ({'ramp': math.nan}, 'ramp is a share'), ({'ramp': '1'}, 'ramp is a share'), ({'keep': 0}, 'keep is a share'),
+    ({'keep': 1}, 'keep is a share'), ({'admm_sparsity': 1}, 'admm_sparsity is a share'),
+    ({'parameters': 0}, 'parameters is a share'),
     ({'parameters': True}, 'parameters is a share'), ({'clean_weight': -0.1}, 'clean_weight'), ({'eps': -1}, 'eps'),
     ({'lr': 0}, 'lr is'), ({'mask_lr': math.inf}, 'mask_lr is'), ({'beta': -1}, 'beta is'), ({'ratio': None}, 'ratio is'),
-    ({'deviation': 0}, 'deviation is'), ({'divergence': math.nan}, 'divergence'), ({'weight_decay': -1}, 'weight_decay'),
-    ({'form': 'max'}, 'form'), ({'schedule': 'lineal'}, 'no schedule'), ({'suppression': -1.0}, '-1'), ({'step': -1.0}, 'step'),
+    ({'prior_deviation': 0}, 'prior_deviation is'), ({'trades_weight': math.nan}, 'trades_weight'),
+    ({'weight_decay': -1}, 'weight_decay'),
+    ({'form': 'max'}, 'form'), ({'schedule': 'lineal'}, 'no schedule'), ({'suppression': -1.0}, '-1'),
+    ({'attack_step': -1.0}, 'step'),
     ({'judge_step': -1.0}, 'step'),
 ])  # fmt: skip
 def test_plans_that_mean_nothing(settings, words):
@@ -319,13 +323,14 @@ def test_plans_that_mean_nothing(settings, words):
 
 
 PUBLISHED = {  # spec 1.5 and 1.2, written out
-    'mnist': dict(beta=4, suppression=1e-3, steps=20, eps=0.3, step=0.01, judge_steps=40, judge_step=0.01, augment=None),
-    'cifar10': dict(beta=2, suppression=1e-4, steps=10, eps=0.03, step=0.007, judge_steps=40, judge_step=0.007,
+    'mnist': dict(beta=4, suppression=1e-3, attack_steps=20, eps=0.3, attack_step=0.01, judge_steps=40, judge_step=0.01,
+                  augment=None),
+    'cifar10': dict(beta=2, suppression=1e-4, attack_steps=10, eps=0.03, attack_step=0.007, judge_steps=40, judge_step=0.007,
                     augment=shift_and_flip),
-    'cifar100': dict(beta=1, suppression=0.1, steps=10, eps=0.03, step=0.007, judge_steps=40, judge_step=0.007,
+    'cifar100': dict(beta=1, suppression=0.1, attack_steps=10, eps=0.03, attack_step=0.007, judge_steps=40, judge_step=0.007,
                      augment=shift_and_flip),
 }  # fmt: skip
-FOR_ALL = dict(epochs=200, batch_size=64, lr=1e-3, mask_lr=1e-2, weight_decay=1e-4, clean_weight=1 / 3, ramp=0, tune=0,
+FOR_ALL = dict(epochs=200, batch_size=64, lr=1e-3, mask_lr=1e-2, weight_decay=1e-4, clean_weight=1 / 3, ramp=0, tuning_epochs=0,
                form='mean', autocast=None)  # fmt: skip
 
 
@@ -335,10 +340,10 @@ def test_published_settings(name, mode):
     plan = PLANS[f'{name} {mode}']
     for key, value in {**PUBLISHED[name], **FOR_ALL}.items():
         assert getattr(plan, key) == value, key
-    assert plan.warm == (200 if mode == 'bbd' else 0)  # with masks, from a standard network
+    assert plan.start_epochs == (200 if mode == 'bbd' else 0)  # with masks, from a standard network
     a = math.log1p(math.exp(-1 if name == 'mnist' else 2))  # softplus of a_raw; b is 1
-    assert plan.start == pytest.approx(a / (1 + a), abs=1e-3)
-    assert plan.deviation == (1.0 if name == 'mnist' else 0.1)
+    assert plan.keep == pytest.approx(a / (1 + a), abs=1e-3)
+    assert plan.prior_deviation == (1.0 if name == 'mnist' else 0.1)
     second = 0.7 if name == 'mnist' else 0.8
     for done, factor in ((0, 1), (0.4999, 1), (0.5, 0.1), (second - 1e-4, 0.1), (second, 0.01), (1, 0.01)):
         assert plan.schedule(done) == pytest.approx(factor)
@@ -415,7 +420,7 @@ def test_a_network_that_says_the_same_for_all_is_none(caplog):
     with torch.no_grad():
         start[-1].weight.zero_()
         start[-1].bias.copy_(torch.tensor([0.0, 9.0, 0.0]))
-    still = replace(PLAN, lr=1e-9, epochs=1, tune=0)
+    still = replace(PLAN, lr=1e-9, epochs=1, tuning_epochs=0)
     found = learn('AT', still, start, data(80))
     assert found.model is None and 'says class 1 for all of 80' in found.collapsed and 'class 1' in caplog.text
     of_one = data(80)

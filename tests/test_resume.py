@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from interruptions import stop_at
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from robustnb import training
 from robustnb.attacks import PGD
 from robustnb.checkpoints import load_state, save_state
 from robustnb.data import DataSet
@@ -38,19 +38,6 @@ def outcome(result) -> list:
     "Everything about a trained network that has to be the same."
     history = [{k: v for k, v in entry.items() if k != 'seconds'} for entry in result.history]
     return [history, result.epoch, *(v.numpy().tobytes() for v in result.model.state_dict().values())]
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    "The step of this number is interrupted, the first time."
-    take, left = training._Trainer.__call__, [step]
-
-    def impatient(self, *args):
-        if self.step == step and left:
-            left.clear()
-            raise KeyboardInterrupt
-        return take(self, *args)
-
-    monkeypatch.setattr(training._Trainer, '__call__', impatient)
 
 
 class Averaged:

@@ -44,7 +44,8 @@ GOLDEN = {
     case['id']: case for case in json.loads((Path(__file__).parent / 'golden' / 'coverage.json').read_text())['cases']
 }
 SILENT = {'show_progress': False}
-BRIEF = {'eps': 0.1, 'steps': 1, 'epochs': 2, 'tune': 1, 'warm': 1, 'judge_steps': 2, 'batch_size': 32, 'mask_lr': 0.2}
+BRIEF = {'eps': 0.1, 'attack_steps': 1, 'epochs': 2, 'tuning_epochs': 1, 'start_epochs': 1, 'judge_steps': 2,
+         'batch_size': 32, 'mask_lr': 0.2}
 FEW = ['NC', 'KMNC', 'TKNP', {'criterion': 'IDC', 'm': 4, 'k': 2}]
 
 
