@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -106,7 +107,7 @@ def example(
 ) -> dict:  # what `run_study` takes
     "A configuration of a study to begin with: a small network that comes with the package, and the digits."
     return {'model': {'name': 'digits_cnn'}, 'data': {'name': 'digits', 'root': None, 'train': 600, 'test': 300}, 'seed': 0,
-            'arguments': EXAMPLES[study]}
+            'arguments': deepcopy(EXAMPLES[study])}
 
 # %% ../nbs/71_cli.ipynb #be0cf0b2
 _ENTRIES = 'model', 'data', 'seed', 'arguments'

@@ -497,11 +497,13 @@ class PublishedCosts(NamedTuple):
 def published_costs(
     model: nn.Module,  # convolutions, linear layers, pooling and batch normalisation; comes back as it was
     example: Tensor,  # some inputs, (batch, ...), to see the shapes
+    as_coded: bool = False,  # count what is no map as often as there are convolutions, as the published code does for VGG
 ) -> PublishedCosts:
     "Operations and memory as the published tables count them, for comparison with those only."
-    found = []
+    found, often = [], sum(isinstance(module, nn.Conv2d) for module in model.modules()) if as_coded else 1
     def note(module, args, output):
-        found.append(_published(module, output))
+        flops, memory = _published(module, output)
+        found.append((flops, memory if output.dim() > 2 else often * memory))
     with untouched(model), torch.no_grad():
         for module in model.modules():
             if not [*module.children()]:

@@ -217,9 +217,9 @@ def test_a_comparison_is_its_trainings_and_judgements(whole):
     found, _ = whole
     sample = torch.rand(1, 1, 8, 8)
     for seed in (0, 1):
-        start = training.fit(tiny(seed), TRAIN, training.Standard(), PLAN.warm, PLAN.batch_size, partial(
+        start = training.fit(tiny(seed), TRAIN, training.Standard(), PLAN.start_epochs, PLAN.batch_size, partial(
             torch.optim.Adam, lr=PLAN.lr, weight_decay=1e-4), seed=seed, show_progress=False).model
-        source = train_method('AT', training.fit(tiny(2), TRAIN, training.Standard(), PLAN.warm, PLAN.batch_size, partial(
+        source = train_method('AT', training.fit(tiny(2), TRAIN, training.Standard(), PLAN.start_epochs, PLAN.batch_size, partial(
             torch.optim.Adam, lr=PLAN.lr, weight_decay=1e-4), seed=2, show_progress=False).model, TRAIN, PLAN, 2,
             show_progress=False).model
         x_black = PGD(0.1, 3, 0.04)(source, TEST.x, TEST.y, TEST.ids)

@@ -183,6 +183,23 @@ def test_a_wrapped_network_and_a_place_by_name():
     assert masked.model[1].mask.threshold == 0.1 if hasattr(masked, 'model') else True
 
 
+def test_masks_before_a_normalisation():
+    with seeded(0):
+        model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(180, 4))
+        model[1].running_mean.normal_(), model[1].bias.data.normal_()
+        x = torch.rand(6, 1, 8, 8)
+    masked = insert_masks(model, x, where=['0']).eval()
+    mask = masked[0].mask
+    mask.a_raw.data[1:3] = -20.0
+    kept = mask(torch.ones(1, 5, 1, 1)).detach()
+    assert kept.flatten()[1:3].tolist() == [0, 0] and (kept.flatten()[[0, 3, 4]] > 0.5).all()
+    model.eval()
+    with torch.no_grad():
+        expected = model[2:](model[1](kept * model[0](x)))
+        torch.testing.assert_close(masked(x), expected)
+        assert (model[1](kept * model[0](x))[:, 1] != 0).all()  # what is off before it is a constant behind it, not nothing
+
+
 def test_units_of_tokens_and_of_sequences():
     class Tokens(nn.Module):
         def __init__(self):

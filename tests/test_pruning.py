@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from xla_process import checks_of, outcomes, run_checks
 
-from robustnb import dropout
+from robustnb import dropout, training
 from robustnb.attacks import FGSM, PGD
 from robustnb.checkpoints import load_state
 from robustnb.data import Batch, digits
@@ -364,6 +364,35 @@ def test_augmented_images_are_what_everything_sees(batch):
             b = plain(model, batch._replace(x=batch.x.flip(-1)), 0)
         assert torch.equal(seen[-1], seen[-2]) and torch.equal(seen[-1], batch.x.flip(-1))
         assert str(a) == str(b)
+
+
+@pytest.mark.parametrize('split', [True, False])
+def test_a_loop_by_hand_takes_the_steps_of_fit(split):
+    data, found = digits()[0].take(60), []
+    objective = AdversarialPruning(ATTACK, samples=60, beta=5.0, warm_up=4, suppression=suppress(), split=split)
+    makers = {'weights': partial(torch.optim.Adam, lr=1e-3), 'masks': partial(torch.optim.Adam, lr=0.1)}
+    for by_hand in (False, True):
+        model = insert_masks(small(), torch.rand(2, 1, 8, 8)).train()
+        groups = objective.groups(model)
+        optimizers = {name: make(groups[name]) for name, make in makers.items()}
+        trainer = training._Trainer(model, objective, makers, None)
+        for step in range(6):
+            rows = torch.arange(10 * step, 10 * step + 10)
+            batch = Batch(data.x[rows], data.y[rows], rows)
+            with seeded(step):
+                if not by_hand:
+                    trainer(batch)
+                    continue
+                losses = objective.loss(model, batch, step)
+                for name, parameters in groups.items():
+                    loss = losses[name] if split else losses
+                    for p, g in zip(parameters, gradients(loss, parameters), strict=True):
+                        p.grad = g
+                for optimizer in optimizers.values():
+                    optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
 def how() -> dict:

@@ -8,7 +8,7 @@ import torch
 from masked_nets import NETS, Functional, Sum, mlp
 from torch import nn
 
-from robustnb.attacks import FGSM, PGD
+from robustnb.attacks import PGD
 from robustnb.devices import seeded
 from robustnb.dropout import BetaBernoulliDropout, insert_masks, kept_units, mask_mode
 from robustnb.evaluation import evaluate
@@ -64,12 +64,25 @@ def readers_of(net, host, x):
     yield found[0].shape[-1 if found[0].dim() <= 3 else 1]
 
 
-def test_attacks_see_the_same_network():
-    x, y = torch.rand(40, 1, 28, 28), torch.arange(40) % 10
-    masked = half_dead(build('lenet5_caffe', 0), x[:2])
-    table = evaluate({'full': masked, 'slim': slim(masked)}, (x.double(), y), FGSM(0.1), show_progress=False).table()
-    found = [table[table.model == name].accuracy.tolist() for name in ('full', 'slim')]
-    assert found[0] == found[1]
+@pytest.mark.parametrize(('name', 'shape', 'settings'), [
+    ('lenet5_caffe', (1, 28, 28), {}), ('vgg16', (3, 32, 32), {'width': 0.1}), ('resnet18', (3, 32, 32), {'width': 0.125}),
+])  # fmt: skip
+def test_attacks_see_the_same_network(name, shape, settings):
+    x = torch.rand(40, *shape, generator=torch.Generator().manual_seed(0)).double()
+    masked = half_dead(build(name, 0, **settings), x[:2].float())
+    head = [module for module in masked.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        head.bias -= masked(x).mean(0)  # so that images differ in their class
+        y = masked(x).argmax(1)  # all right before the attack
+    small = slim(masked)
+    assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(p.numel() for p in masked.parameters())
+    found = {}
+    for who, net in {'full': masked, 'slim': small}.items():
+        x_adv = PGD(0.002, steps=4)(net, x, y)
+        with torch.no_grad():
+            found[who] = x_adv, net(x_adv).argmax(1) == y
+    torch.testing.assert_close(found['slim'][0], found['full'][0], rtol=0, atol=1e-9)
+    assert torch.equal(found['slim'][1], found['full'][1]) and 0 < found['full'][1].sum() < 40
 
 
 def test_masks_of_maps_and_of_their_flattened_features_work_together():
@@ -223,6 +236,7 @@ def test_published_formulas_give_the_published_constants():
     assert published_costs(build('lenet5_caffe', 0), torch.rand(1, 1, 28, 28)) == (4_615_950, 477_410)
     net, x = published_vgg(), torch.rand(2, 3, 32, 32)
     assert published_costs(net, x) == (627_329_546, 16_655_818)
+    assert published_costs(net, x, as_coded=True) == (627_329_546, 19_881_538)
     assert costs(net, x[:1], 1).operations.item() == 626_927_616
     part = published_costs(slim(half_dead(build('lenet5_caffe', 0), torch.rand(1, 1, 28, 28))).float(), torch.rand(1, 1, 28, 28))
     assert part.flops < 0.4 * 4_615_940 and part.memory < 0.4 * 477_410

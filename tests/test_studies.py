@@ -552,7 +552,7 @@ def test_any_form_of_data(model, halves):
         ('adversarial_pruning', {'methods': {'a': ['ANP', {'betta': 2}]}}, "a plan has no 'betta'"),
         ('adversarial_pruning', {'plan': 'minst'}, 'no plan'),
         ('adversarial_pruning', {'changes': {'epsilon': 0.1}}, "a plan has no 'epsilon'"),
-        ('adversarial_pruning', {'changes': {'steps': 0}}, 'steps is a whole number'),
+        ('adversarial_pruning', {'changes': {'attack_steps': 0}}, 'attack_steps is a whole number'),
         ('adversarial_pruning', {'seeds': 0}, 'seeds are whole numbers'),
         ('adversarial_pruning', {'seeds': [1, 1]}, 'each once'),
         ('adversarial_pruning', {'seeds': 'all'}, 'seeds are whole numbers'),
@@ -683,6 +683,18 @@ def test_run_from_the_shell(tmp_path):
     lines = (tmp_path / 'logs' / 'run.log').read_text().splitlines()
     assert len(lines) >= 3 and all(line[:2] == '20' and line[4] == '-' and ' INFO ' in line for line in lines)
     assert 'done after' in ran.stdout and '100 to test' in ran.stdout
+
+
+def test_a_published_plan_by_its_name():
+    config = example('adversarial_pruning')
+    config['data'] |= {'train': 60, 'test': 40}
+    brief = {'eps': 0.1, 'attack_steps': 1, 'epochs': 2, 'start_epochs': 1, 'judge_steps': 2}
+    config['arguments'] |= {'methods': ['ANP-VS'], 'plan': 'mnist bbd', 'changes': brief}
+    found = run_study('adversarial_pruning', config, **SILENT)
+    plan = found.settings['plan']
+    assert [plan[name] for name in brief] == [*brief.values()]
+    assert example('adversarial_pruning')['arguments']['plan'] == 'mnist', 'an example is a copy'
+    assert [plan[name] for name in ('beta', 'suppression', 'keep', 'mask_lr', 'tuning_epochs')] == [4.0, 1e-3, 0.239, 0.01, 0]
 
 
 def test_help_lists_the_studies(capsys):
