@@ -1,6 +1,7 @@
 """What every test finds: a quiet, private environment, the project's folder, and real data where there are some."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,6 +21,12 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # one of several processes: a core each
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='robustnb-ipython-')
 atexit.register(shutil.rmtree, os.environ['IPYTHONDIR'], ignore_errors=True)
+
+if importlib.util.find_spec('hypothesis'):  # the environment of the benchmarks does without
+    from hypothesis import settings
+
+    settings.register_profile('seeded', derandomize=True)
+    settings.load_profile('seeded')
 
 ROOT = Path(__file__).resolve().parents[1]
 
